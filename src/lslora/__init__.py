@@ -1,0 +1,15 @@
+"""LS-LoRA: LoRA whose update passes through one small learnable spline per layer, for Hugging Face peft.
+
+Importing this package registers the method with peft, in memory; that is its only side effect.
+"""
+
+from . import registry
+
+registry.register()
+
+from .config import LSLoraConfig  # noqa: E402
+from .layer import LSLoraLayer, Spline  # noqa: E402
+from .model import LSLoraModel  # noqa: E402
+from .penalty import spline_penalty  # noqa: E402
+
+__all__ = ["LSLoraConfig", "LSLoraLayer", "LSLoraModel", "Spline", "spline_penalty"]

@@ -1,0 +1,105 @@
+"""LSLoraConfig: the settings of an LS-LoRA adapter, their defaults and all of their validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import LoraConfig, PeftType
+
+INTERPOLATION_METHODS = ("piecewise", "soft")
+EXTRAPOLATIONS = ("clamp", "linear")
+
+# Initialisations that draw A and B without touching the base weight. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ,
+# …) subtract a linear update from it, which only a linear update can give back.
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass
+class LSLoraConfig(LoraConfig):
+    """Settings of an LS-LoRA adapter: those of `peft.LoraConfig` and the spline's.
+
+    The adapted layer computes `W0 x + b + output_scale · φ(input_scale · clamp(scaling · B A x, k_min, k_max))` with
+    one learnable piecewise linear φ per layer that starts as the identity, i.e. as plain LoRA (README, "Method").
+
+    Args:
+        num_knots: Number of knots of φ, ≥ 2. A layer gets `num_knots + 2` parameters on top of LoRA's.
+        k_min: Position of the first knot, in the unit of the LoRA update `scaling · B A x`.
+        k_max: Position of the last knot, `> k_min`; the knots lie evenly spaced between the two.
+        spline_reg_weight: ≥ 0. The penalty `spline_reg_weight · Σ_layers mean_i (v_i − k_i)²`, summed over layers,
+            pulls the knot heights towards the identity. Its gradient reaches every optimizer step (see
+            `lslora.penalty`); it is no part of the reported loss.
+        interpolation_method: `"piecewise"` (straight lines between neighbouring knots) or `"soft"` (softmax weights
+            over all knots).
+        extrapolation: Beyond the end knots φ holds (`"clamp"`) or its end segments go on (`"linear"`).
+        soft_temperature: Width of the soft weights, in units of the knot spacing, > 0; read by `"soft"` only.
+
+    Raises:
+        ValueError: a value is out of its range, or an option of `LoraConfig` that assumes a linear update is set.
+        TypeError: a value has the wrong type.
+    """
+
+    num_knots: int = field(default=5, metadata={"help": "Number of knots of the spline, at least 2."})
+    k_min: float = field(default=-3.0, metadata={"help": "Position of the first knot."})
+    k_max: float = field(default=3.0, metadata={"help": "Position of the last knot, greater than k_min."})
+    spline_reg_weight: float = field(
+        default=0.01, metadata={"help": "Weight of the penalty on the knot heights' distance from the identity."}
+    )
+    interpolation_method: Literal["piecewise", "soft"] = field(
+        default="piecewise", metadata={"help": "How the spline interpolates between its knots."}
+    )
+    extrapolation: Literal["clamp", "linear"] = field(
+        default="clamp", metadata={"help": "How the spline goes on beyond its end knots."}
+    )
+    soft_temperature: float = field(
+        default=0.5, metadata={"help": "Width of the soft weights in units of the knot spacing (soft only)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("LSLORA")
+        self._check_spline()
+        self._check_lora_options()
+
+    def _check_spline(self) -> None:
+        if isinstance(self.num_knots, bool) or not isinstance(self.num_knots, int):
+            raise TypeError(f"num_knots must be an int, got {self.num_knots!r}")
+        if self.num_knots < 2:
+            raise ValueError(f"num_knots must be at least 2, got {self.num_knots}")
+        for name in ("k_min", "k_max", "spline_reg_weight", "soft_temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
+        if self.k_min >= self.k_max:
+            raise ValueError(f"k_min must be smaller than k_max, got k_min={self.k_min} and k_max={self.k_max}")
+        if self.spline_reg_weight < 0:
+            raise ValueError(f"spline_reg_weight must not be negative, got {self.spline_reg_weight}")
+        if self.soft_temperature <= 0:
+            raise ValueError(f"soft_temperature must be positive, got {self.soft_temperature}")
+        if self.interpolation_method not in INTERPOLATION_METHODS:
+            raise ValueError(
+                f"interpolation_method must be one of {INTERPOLATION_METHODS}, got {self.interpolation_method!r}"
+            )
+        if self.extrapolation not in EXTRAPOLATIONS:
+            raise ValueError(f"extrapolation must be one of {EXTRAPOLATIONS}, got {self.extrapolation!r}")
+
+    def _check_lora_options(self) -> None:
+        """Refuse what would be accepted and then ignored, or what needs a linear update."""
+        for option in dataclasses.fields(self):
+            if option.metadata.get("is_lora_variant") and getattr(self, option.name):
+                raise ValueError(f"{option.name} is a LoRA variant of its own and does not combine with LS-LoRA")
+        if self.init_lora_weights not in INITIALISATIONS:
+            raise ValueError(
+                f"init_lora_weights must be one of {INITIALISATIONS} (other initialisations change the base weight "
+                f"and assume a linear update), got {self.init_lora_weights!r}"
+            )
+        if self.target_parameters:
+            raise ValueError("target_parameters merges the update into the parameter, which LS-LoRA cannot do")
+        if self.use_qalora:
+            raise ValueError("use_qalora is a LoRA variant of its own and does not combine with LS-LoRA")
+        if self.megatron_config:
+            raise ValueError("megatron_config is not supported: Megatron layers would drop the spline")

@@ -1,0 +1,240 @@
+"""What the splines of a model look like: model → records; records → metrics, table, picture.
+
+A record is a flat dict of one layer's spline:
+
+| key | meaning |
+|---|---|
+| `layer` | name of the adapted layer |
+| `grid`, `values` | knot positions `k_i` and heights `v_i`, K numbers each |
+| `deviation` | `mean_i abs(v_i − k_i)`: 0 at the start, 0.01 to 0.1 learning, above 1 overfitting |
+| `slope_variance` | `var_i((v_{i+1} − v_i) / Δk)`: 0 at the start, above 0.05 meaningful curvature, above 1 unstable |
+| `input_scale`, `output_scale` | numbers, 1 at the start |
+| `occupancy` | share of the elements of z below the grid, in each of its K − 1 intervals, and above it; or None |
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import Spline
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Record = dict[str, Any]
+
+AVERAGED = ("deviation", "slope_variance", "input_scale", "output_scale")
+MAX_PANELS = 100
+LIVE_SHARE = 0.01
+
+
+def spline_records(
+    model: nn.Module, adapter_name: str = "default", occupancy: Occupancy | None = None
+) -> list[Record]:
+    """One record for every layer that has a spline of this adapter, in the model's order; see the module's docstring.
+
+    Args:
+        model: A model with LS-LoRA adapters.
+        adapter_name: Which adapter.
+        occupancy: What `observe_occupancy` of the same model and adapter yielded, for the records' `occupancy`.
+
+    Raises:
+        ValueError: the model has no spline of this name.
+    """
+    splines = _named_splines(model, adapter_name)
+    if not splines:
+        raise ValueError(f"model must have LS-LoRA layers with an adapter named {adapter_name!r}, found none")
+    records = [_record(layer, spline) for layer, spline in splines.items()]
+    for record in records:
+        record["occupancy"] = occupancy.shares(record["layer"]) if occupancy else None
+    return records
+
+
+def spline_metrics(model: nn.Module) -> dict[str, float]:
+    """Averages over the layers' active splines, as `spline/<key>`, for a training log; empty without splines."""
+    splines = [s for s in model.modules() if isinstance(s, Spline) and s.weight.requires_grad]
+    if not splines:
+        return {}
+    records = [_record("", spline) for spline in splines]
+    return {f"spline/{key}": math.fsum(r[key] for r in records) / len(records) for key in AVERAGED}
+
+
+def verdict(record: Record) -> str:
+    """The record's deviation and slope variance in words."""
+    deviation, slope_variance = record["deviation"], record["slope_variance"]
+    if not math.isfinite(deviation + slope_variance):
+        return "not finite"
+    if slope_variance > 1.0:
+        return "unstable"
+    if deviation > 1.0:
+        return "overfitting"
+    if slope_variance > 0.05:
+        return "curved"
+    if deviation >= 0.01:
+        return "learning"
+    return "barely moved" if deviation > 0 else "identity"
+
+
+def live_intervals(record: Record) -> float | None:
+    """Share of the grid's intervals that hold at least 1 % of the elements of z, or None if z was not observed."""
+    if record["occupancy"] is None:
+        return None
+    inner = record["occupancy"][1:-1]
+    return sum(share >= LIVE_SHARE for share in inner) / len(inner)
+
+
+class Occupancy:
+    """Counts of z below, in each interval of, and above the grid, per layer."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, Tensor] = {}
+
+    def add(self, layer: str, spline: Spline, z: Tensor) -> None:
+        edges = spline.grid.to(z.device)
+        counts = torch.bincount(torch.bucketize(z.float().flatten(), edges), minlength=len(edges) + 1).cpu()
+        self.counts[layer] = self.counts.get(layer, torch.zeros_like(counts)) + counts
+
+    def shares(self, layer: str) -> list[float] | None:
+        counts = self.counts.get(layer)
+        return None if counts is None or not counts.sum() else (counts / counts.sum()).tolist()
+
+
+@contextmanager
+def observe_occupancy(model: nn.Module, adapter_name: str = "default") -> Iterator[Occupancy]:
+    """Count where on its grid every spline's input z falls during the forward passes inside the `with` block."""
+    occupancy = Occupancy()
+
+    def hook(layer: str) -> Any:
+        return lambda spline, args: occupancy.add(layer, spline, args[0].detach())
+
+    splines = _named_splines(model, adapter_name)
+    handles = [spline.register_forward_pre_hook(hook(layer)) for layer, spline in splines.items()]
+    try:
+        yield occupancy
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def save_records(records: list[Record], path: str | Path) -> None:
+    """Write `{"layers": records, "mean": averages, "verdicts": counts}` as JSON, whole or not at all."""
+    verdicts = [verdict(record) for record in records]
+    summary = {
+        "mean": {key: math.fsum(r[key] for r in records) / len(records) for key in AVERAGED},
+        "verdicts": {word: verdicts.count(word) for word in sorted(set(verdicts))},
+        "layers": [{**record, "verdict": word} for record, word in zip(records, verdicts, strict=True)],
+    }
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def spline_table(records: list[Record], max_rows: int = 12) -> Table:
+    """A table for the terminal: the layers that deviate most, and the mean over all of them."""
+    from rich.table import Table
+
+    table = Table(title=f"Splines of {len(records)} layers, those that deviate most")
+    table.add_column("layer")
+    for heading in ("deviation", "slope variance", "input scale", "output scale", "live intervals"):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    shown = sorted(records, key=lambda r: r["deviation"], reverse=True)[:max_rows]
+    for record in shown:
+        live = live_intervals(record)
+        numbers = [f"{record[key]:.4f}" for key in AVERAGED]
+        table.add_row(record["layer"], *numbers, "-" if live is None else f"{live:.0%}", verdict(record))
+    observed = [live for live in map(live_intervals, records) if live is not None]
+    table.add_section()
+    table.add_row(
+        f"mean of {len(records)}",
+        *(f"{math.fsum(r[key] for r in records) / len(records):.4f}" for key in AVERAGED),
+        f"{math.fsum(observed) / len(observed):.0%}" if observed else "-",
+        "",
+    )
+    return table
+
+
+def plot_splines(records: list[Record], path: str | Path) -> None:
+    """Draw `φ(t) − t` of every layer against t and save the picture (PNG, by the path's ending).
+
+    Up to 100 layers get a panel each. More are drawn as one panel for each module type (`q_proj`, `down_proj`, …),
+    one line a layer, coloured by depth. Deviations are drawn because φ itself hugs the diagonal.
+    """
+    from matplotlib.figure import Figure
+
+    groups = _panels(records)
+    columns = min(math.ceil(math.sqrt(len(groups))), 10)
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(1.2 + 2.4 * columns, 1.2 + 1.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    colours = _depth_colours(max(map(len, groups.values())))
+    for axis, (title, members) in zip(axes.flat, groups.items(), strict=False):
+        axis.axhline(0, color="0.6", linewidth=0.8)
+        for record, colour in zip(members, colours, strict=False):
+            offsets = [v - k for v, k in zip(record["values"], record["grid"], strict=True)]
+            axis.plot(record["grid"], offsets, color=colour, linewidth=1, marker="o", markersize=2)
+        axis.set_title(title, fontsize=8)
+        axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    figure.suptitle(f"What {len(records)} splines add to plain LoRA", fontsize=11)
+    figure.supxlabel("t, the scaled LoRA update", fontsize=9)
+    figure.supylabel("φ(t) − t", fontsize=9)
+    if len(groups) < len(records):
+        _depth_colourbar(figure, axes)
+    figure.savefig(path, dpi=130)
+
+
+def _named_splines(model: nn.Module, adapter_name: str) -> dict[str, Spline]:
+    suffix = f".lora_spline.{adapter_name}"
+    return {
+        name.removesuffix(suffix).removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, Spline) and name.endswith(suffix)
+    }
+
+
+def _record(layer: str, spline: Spline) -> Record:
+    grid, offsets = spline.grid.cpu(), spline.weight.detach().float().cpu()
+    slopes = (grid + offsets).diff() / grid.diff()
+    return {
+        "layer": layer,
+        "grid": grid.tolist(),
+        "values": (grid + offsets).tolist(),
+        "deviation": offsets.abs().mean().item(),
+        "slope_variance": slopes.var(unbiased=False).item(),
+        "input_scale": spline.input_scale.item(),
+        "output_scale": spline.output_scale.item(),
+    }
+
+
+def _panels(records: list[Record]) -> dict[str, list[Record]]:
+    """Title → records of every panel."""
+    if len(records) <= MAX_PANELS:
+        return {record["layer"].removeprefix("model.layers."): [record] for record in records}
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["layer"].rpartition(".")[2], []).append(record)
+    return groups
+
+
+def _depth_colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](i / max(count - 1, 1)) for i in range(count)]
+
+
+def _depth_colourbar(figure: Any, axes: Any) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    bar = figure.colorbar(ScalarMappable(cmap="viridis"), ax=axes, shrink=0.6, ticks=[0, 1])
+    bar.ax.set_yticklabels(["first layer", "last layer"], fontsize=8)

@@ -1,0 +1,103 @@
+"""The spline as a public operation: checks, mixed precision, and a backward pass that costs a few reductions."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import cpu, eager, reference
+
+INTERPOLATION_METHODS = ("piecewise", "soft")
+EXTRAPOLATIONS = ("clamp", "linear")
+
+
+def spline(
+    z: Tensor,
+    offsets: Tensor,
+    input_scale: Tensor,
+    output_scale: Tensor,
+    *,
+    k_min: float,
+    k_max: float,
+    interpolation_method: str = "piecewise",
+    extrapolation: str = "clamp",
+    soft_temperature: float = 0.5,
+) -> Tensor:
+    """Apply one learnable scalar function to every element: `output_scale · φ(input_scale · clamp(z, k_min, k_max))`.
+
+    `φ` interpolates the heights `v_i = k_i + offset_i` over K evenly spaced knots (README, "Method").
+
+    Args:
+        z: Any shape, floating point.
+        offsets: (K,), K ≥ 2, floating point: `v_i − k_i`. Zeros make φ the identity.
+        input_scale: (1,), floating point.
+        output_scale: (1,), floating point.
+        k_min: Position of the first knot, in the unit of `z`.
+        k_max: Position of the last knot, `> k_min`.
+        interpolation_method: `"piecewise"`, straight lines between neighbouring knots, or `"soft"`, softmax weights
+            over all knots (memory of K times `z`).
+        extrapolation: `"clamp"` holds `z` in [k_min, k_max] and, piecewise, φ at its end knots' values;
+            `"linear"` clamps nothing and lets the end segments go on.
+        soft_temperature: Width of the soft weights in units of the knot spacing; read by `"soft"` only.
+
+    Returns:
+        Shape and dtype of `z`. Computed in float32, or in float64 if `z` is float64. NaN in gives NaN out.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor.
+        ValueError: shapes, range or names are not as above.
+    """
+    for name, tensor in (("z", z), ("offsets", offsets), ("input_scale", input_scale), ("output_scale", output_scale)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+    if offsets.ndim != 1 or len(offsets) < 2:
+        raise ValueError(f"offsets must have shape (K,) with K >= 2, got {tuple(offsets.shape)}")
+    if input_scale.shape != (1,) or output_scale.shape != (1,):
+        raise ValueError(f"scales must have shape (1,), got {tuple(input_scale.shape)}, {tuple(output_scale.shape)}")
+    if not k_min < k_max:
+        raise ValueError(f"k_min must be smaller than k_max, got {k_min} and {k_max}")
+    if interpolation_method not in INTERPOLATION_METHODS:
+        raise ValueError(f"interpolation_method must be one of {INTERPOLATION_METHODS}, got {interpolation_method!r}")
+    if extrapolation not in EXTRAPOLATIONS:
+        raise ValueError(f"extrapolation must be one of {EXTRAPOLATIONS}, got {extrapolation!r}")
+
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    parameters = (offsets.to(dtype), input_scale.to(dtype), output_scale.to(dtype))
+    if interpolation_method == "piecewise":
+        return _Piecewise.apply(z, *parameters, k_min, k_max, extrapolation)
+    return reference.spline(
+        z.to(dtype),
+        *parameters,
+        k_min=k_min,
+        k_max=k_max,
+        interpolation_method=interpolation_method,
+        extrapolation=extrapolation,
+        soft_temperature=soft_temperature,
+    ).to(z.dtype)
+
+
+class _Piecewise(torch.autograd.Function):
+    """The piecewise spline with its gradients written out. Only `z` is saved, in its own dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, offsets: Tensor, input_scale: Tensor, output_scale: Tensor, *shape: Any
+    ) -> Tensor:
+        ctx.save_for_backward(z, offsets, input_scale, output_scale)
+        ctx.shape = shape
+        return _backend(z).forward(z, offsets, input_scale, output_scale, *shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _backend(grad_output).backward(grad_output, *ctx.saved_tensors, *ctx.shape)
+        return *gradients, None, None, None
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    # The CPU path reads parameters as Python numbers, which a compiler cannot trace through.
+    return cpu if tensor.is_cpu and not torch.compiler.is_compiling() else eager

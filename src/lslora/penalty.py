@@ -1,0 +1,58 @@
+"""The penalty on the knot heights: `Σ_layers spline_reg_weight · mean_i (v_i − k_i)²`, summed over layers.
+
+Its gradient is added where every training loop passes exactly once per step: right before an optimizer steps. A
+penalty added to the model's loss would be dropped by trainers that compute the loss themselves, counted once per
+micro-batch under gradient accumulation, and would colour the evaluation loss (FIXES_APPLIED.md, 8). Like decoupled
+weight decay it is therefore not subject to gradient clipping and needs no loss scaling.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+if TYPE_CHECKING:
+    from .layer import Spline
+
+_splines: WeakSet[Spline] = WeakSet()
+
+
+def track(spline: Spline) -> None:
+    """From now on every optimizer that steps this spline's knots adds the gradient of its penalty."""
+    _install_hook()
+    _splines.add(spline)
+
+
+def spline_penalty(model: nn.Module) -> Tensor:
+    """The value of the penalty, summed over all splines of `model`: a scalar in fp32 that autograd can differentiate.
+
+    For those who want to see it; training needs no call of this.
+    """
+    from .layer import Spline
+
+    terms = [s.spline_reg_weight * s.weight.square().mean() for s in model.modules() if isinstance(s, Spline)]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+@torch.no_grad()
+def add_gradients(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
+    """Add `2 · spline_reg_weight / K · (v_i − k_i)` to the gradient of every knot that `optimizer` is about to step.
+
+    Knots without a gradient (frozen, or not used since the last step) are left alone.
+    """
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for spline in _splines:
+        weight = spline.weight
+        if spline.spline_reg_weight and weight.grad is not None and id(weight) in stepped:
+            weight.grad.add_(weight, alpha=2 * spline.spline_reg_weight / len(weight))
+
+
+@cache
+def _install_hook() -> None:
+    # torch keeps global hooks for good, so one is enough for all splines that ever are.
+    register_optimizer_step_pre_hook(add_gradients)

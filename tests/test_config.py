@@ -1,0 +1,74 @@
+"""Every field of the config is checked where it is made, and every LoRA option is taken or refused by name."""
+
+import dataclasses
+
+import pytest
+from peft import LoraConfig, PeftConfig, PeftType
+
+from lslora import LSLoraConfig
+from lslora.ops.spline import EXTRAPOLATIONS, INTERPOLATION_METHODS
+
+
+def test_defaults_are_those_of_the_method():
+    config = LSLoraConfig()
+    own = {field.name for field in dataclasses.fields(LSLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+    assert {name: getattr(config, name) for name in own} == {
+        "num_knots": 5,
+        "k_min": -3.0,
+        "k_max": 3.0,
+        "spline_reg_weight": 0.01,
+        "interpolation_method": "piecewise",
+        "extrapolation": "clamp",
+        "soft_temperature": 0.5,
+    }
+    assert config.peft_type == PeftType.LSLORA
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_knots": 1}, ValueError, "num_knots must be at least 2, got 1"),
+        ({"num_knots": 5.0}, TypeError, "num_knots must be an int, got 5.0"),
+        ({"num_knots": True}, TypeError, "num_knots must be an int, got True"),
+        ({"k_min": 3.0}, ValueError, "k_min must be smaller than k_max, got k_min=3.0 and k_max=3.0"),
+        ({"k_min": float("nan")}, ValueError, "k_min must be finite, got nan"),
+        ({"k_max": float("inf")}, ValueError, "k_max must be finite, got inf"),
+        ({"k_max": "3"}, TypeError, "k_max must be a number, got '3'"),
+        ({"spline_reg_weight": -0.1}, ValueError, "spline_reg_weight must not be negative, got -0.1"),
+        ({"spline_reg_weight": float("nan")}, ValueError, "spline_reg_weight must be finite, got nan"),
+        ({"soft_temperature": 0.0}, ValueError, "soft_temperature must be positive, got 0.0"),
+        ({"interpolation_method": "cubic"}, ValueError, "interpolation_method must be one of .*, got 'cubic'"),
+        ({"extrapolation": "constant"}, ValueError, "extrapolation must be one of .*, got 'constant'"),
+        ({"use_dora": True}, ValueError, "use_dora is a LoRA variant"),
+        ({"use_qalora": True}, ValueError, "use_qalora"),
+        ({"velora_config": {}}, ValueError, None),
+        ({"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, ValueError, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa"}, ValueError, "init_lora_weights must be one of .*, got 'pissa'"),
+        ({"init_lora_weights": "olora"}, ValueError, "got 'olora'"),
+        ({"init_lora_weights": "mica"}, ValueError, "got 'mica'"),
+        ({"target_parameters": ["weight"]}, ValueError, "target_parameters"),
+        ({"megatron_config": {"a": 1}}, ValueError, "megatron_config"),
+    ],
+)
+def test_wrong_settings_fail_at_construction(settings, error, message):
+    with pytest.raises(error, match=message):
+        LSLoraConfig(**settings)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
+def test_supported_initialisations(init):
+    assert LSLoraConfig(init_lora_weights=init).init_lora_weights == init
+
+
+def test_every_method_the_operation_knows_can_be_configured():
+    for method in INTERPOLATION_METHODS:
+        for extrapolation in EXTRAPOLATIONS:
+            LSLoraConfig(interpolation_method=method, extrapolation=extrapolation)
+
+
+def test_round_trip_through_a_file(tmp_path):
+    config = LSLoraConfig(r=3, num_knots=9, k_min=-1.5, k_max=2, extrapolation="linear", target_modules=["q", "v"])
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is LSLoraConfig
+    assert again.to_dict() == config.to_dict()

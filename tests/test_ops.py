@@ -1,0 +1,178 @@
+"""The operation against closed forms, against autograd of the reference, and against finite differences in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lslora.ops import cpu, eager, reference
+from lslora.ops.spline import spline
+
+METHODS = ["piecewise", "soft"]
+EXTRAPOLATIONS = ["clamp", "linear"]
+
+
+def parameters(num_knots=5, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.randn(num_knots, generator=generator, dtype=torch.float64) * 0.3
+    scales = 1 + torch.randn(2, generator=generator, dtype=torch.float64) * 0.3
+    return [p.to(dtype).requires_grad_() for p in (offsets, scales[:1], scales[1:])]
+
+
+def away_from_knots(k_min, k_max, num_knots, n=200):
+    """Points on both sides of every knot and beyond the ends, none closer to a knot than 1e-3."""
+    z = torch.linspace(2 * k_min, 2 * k_max, n, dtype=torch.float64)
+    knots = torch.linspace(k_min, k_max, num_knots, dtype=torch.float64)
+    return z[(z[:, None] - knots).abs().min(dim=1).values > 1e-3]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_identity_start_is_exact(method, dtype):
+    z = torch.linspace(-3, 3, 1001).to(dtype)
+    y = spline(z, torch.zeros(5), torch.ones(1), torch.ones(1), k_min=-3, k_max=3, interpolation_method=method)
+    assert torch.equal(y, z)
+    assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("num_knots", [2, 3, 5, 17, 64])
+def test_piecewise_equals_numpy_interpolation(num_knots):
+    offsets, input_scale, output_scale = parameters(num_knots)
+    z = torch.linspace(-4, 5, 333, dtype=torch.float64)
+    y = spline(z, offsets, input_scale, output_scale, k_min=-2.0, k_max=3.0)
+    grid = np.linspace(-2, 3, num_knots)
+    t = input_scale.item() * np.clip(z.numpy(), -2, 3)
+    expected = output_scale.item() * np.interp(t, grid, grid + offsets.detach().numpy())  # holds the end values
+    np.testing.assert_allclose(y.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_piecewise_linear_extrapolation_continues_the_end_segments():
+    offsets, one = torch.tensor([0.5, 0.0, -1.0], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    z = torch.tensor([-5.0, -1.0, 0.0, 1.0, 4.0], dtype=torch.float64)
+    y = spline(z, offsets, one, one, k_min=-1, k_max=1, extrapolation="linear")
+    # Heights −0.5, 0, 0: the left segment has slope 0.5, the right one slope 0.
+    torch.testing.assert_close(y, torch.tensor([-2.5, -0.5, 0.0, 0.0, 0.0], dtype=torch.float64))
+
+
+def test_soft_equals_the_formula_of_the_specification():
+    offsets, input_scale, output_scale = parameters()
+    z = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    for extrapolation in EXTRAPOLATIONS:
+        y = spline(
+            z, offsets, input_scale, output_scale, k_min=-3, k_max=3,
+            interpolation_method="soft", extrapolation=extrapolation, soft_temperature=0.7,
+        )  # fmt: skip
+        t = input_scale * (z.clamp(-3, 3) if extrapolation == "clamp" else z)
+        grid, tau = torch.linspace(-3, 3, 5, dtype=torch.float64), 0.7 * 1.5
+        weights = torch.softmax(-((t[:, None] - grid) ** 2) / (2 * tau**2), dim=1)
+        torch.testing.assert_close(y, output_scale * (t + (weights * offsets).sum(1)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
+@pytest.mark.parametrize("num_knots", [2, 3, 5])
+def test_gradcheck(method, extrapolation, num_knots):
+    offsets, input_scale, output_scale = parameters(num_knots)
+    with torch.no_grad():
+        input_scale.fill_(0.9)  # no point of the sample falls onto a knot after scaling, as checked below
+    z = (away_from_knots(-3, 3, num_knots, 60)).requires_grad_()
+    knots = torch.linspace(-3, 3, num_knots, dtype=torch.float64)
+    assert ((0.9 * z.detach().clamp(-3, 3))[:, None] - knots).abs().min() > 1e-4
+
+    def function(z, offsets, input_scale, output_scale):
+        return spline(
+            z, offsets, input_scale, output_scale, k_min=-3, k_max=3,
+            interpolation_method=method, extrapolation=extrapolation,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, (z, offsets, input_scale, output_scale))
+
+
+@pytest.mark.parametrize("backend", [cpu, eager])
+@pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
+@pytest.mark.parametrize("num_knots", [2, 3, 5, 33])
+@pytest.mark.parametrize("shape", [(0, 7), (1,), (3, 5, 7), (101,)])
+def test_written_gradients_equal_autograd_of_the_reference(backend, extrapolation, num_knots, shape, monkeypatch):
+    monkeypatch.setattr("lslora.ops.spline._backend", lambda tensor: backend)
+    monkeypatch.setattr(cpu, "CHUNK", 16)  # several chunks, the last one not full
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
+    z.view(-1)[: min(num_knots, z.numel())] = torch.linspace(-3, 3, num_knots, dtype=torch.float64)[: z.numel()]
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    kwargs = {"k_min": -3.0, "k_max": 3.0, "interpolation_method": "piecewise", "extrapolation": extrapolation}
+
+    def gradients(function, **more):
+        leaves = [z.clone().requires_grad_(), *parameters(num_knots)]
+        return torch.autograd.grad(function(*leaves, **kwargs, **more), leaves, grad)
+
+    torch.testing.assert_close(
+        spline(z, *parameters(num_knots), **kwargs),
+        reference.spline(z, *parameters(num_knots), **kwargs, soft_temperature=0.5),
+    )
+    actual, expected = gradients(spline), gradients(reference.spline, soft_temperature=0.5)
+    for name, a, e in zip(("z", "offsets", "input_scale", "output_scale"), actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("backend", [cpu, eager])
+def test_a_knot_that_no_element_reaches_gets_an_exactly_zero_gradient(backend, monkeypatch):
+    monkeypatch.setattr("lslora.ops.spline._backend", lambda tensor: backend)
+    z = (
+        torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 0.01 - 0.7
+    )  # between the second and the third knot
+    offsets, input_scale, output_scale = parameters(dtype=torch.float32)
+    with torch.no_grad():
+        offsets.zero_()
+    spline(z, offsets, input_scale, output_scale, k_min=-3, k_max=3).square().sum().backward()
+    assert (offsets.grad[[0, 3, 4]] == 0).all()
+    assert (offsets.grad[1:3] != 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_input_is_computed_in_fp32(method):
+    z = torch.linspace(-2, 2, 257).bfloat16()
+    p = parameters(dtype=torch.float32)
+    y = spline(z, *p, k_min=-3, k_max=3, interpolation_method=method)
+    exact = spline(z.double(), *p, k_min=-3, k_max=3, interpolation_method=method)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, exact.bfloat16())
+
+
+@pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
+def test_nan_and_infinity(extrapolation):
+    z = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0])
+    y = spline(z, *parameters(dtype=torch.float32), k_min=-3, k_max=3, extrapolation=extrapolation)
+    assert y[0].isnan() and y[3].isfinite()
+    assert bool(y[1:3].isfinite().all()) == (extrapolation == "clamp")
+
+
+@given(
+    num_knots=st.integers(2, 20),
+    k_min=st.floats(-10, 9),
+    width=st.floats(0.1, 10),
+    seed=st.integers(0, 1000),
+    z=st.lists(st.floats(-30, 30), min_size=1, max_size=30),
+)
+def test_piecewise_stays_within_its_knot_heights(num_knots, k_min, width, seed, z):
+    offsets, one = parameters(num_knots, seed=seed)[0].detach(), torch.ones(1, dtype=torch.float64)
+    k_max = k_min + width
+    values = torch.linspace(k_min, k_max, num_knots, dtype=torch.float64) + offsets
+    y = spline(torch.tensor(z, dtype=torch.float64), offsets, one, one, k_min=k_min, k_max=k_max)
+    assert y.min() >= values.min() - 1e-9 and y.max() <= values.max() + 1e-9
+
+
+def test_wrong_arguments_are_refused():
+    z, offsets, one = torch.zeros(3), torch.zeros(5), torch.ones(1)
+    with pytest.raises(TypeError, match="z must be a floating-point tensor, got torch.int64"):
+        spline(z.long(), offsets, one, one, k_min=-3, k_max=3)
+    with pytest.raises(ValueError, match=r"offsets must have shape \(K,\) with K >= 2, got \(1,\)"):
+        spline(z, offsets[:1], one, one, k_min=-3, k_max=3)
+    with pytest.raises(ValueError, match=r"scales must have shape \(1,\)"):
+        spline(z, offsets, one, torch.ones(()), k_min=-3, k_max=3)
+    with pytest.raises(ValueError, match="k_min must be smaller than k_max"):
+        spline(z, offsets, one, one, k_min=3, k_max=3)
+    with pytest.raises(ValueError, match="interpolation_method must be one of"):
+        spline(z, offsets, one, one, k_min=-3, k_max=3, interpolation_method="cubic")
+    with pytest.raises(ValueError, match="extrapolation must be one of"):
+        spline(z, offsets, one, one, k_min=-3, k_max=3, extrapolation="constant")

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Print accuracies from the results of eval_lslora.py; of two result files also how the second differs from the first.
+
+Runs with Python alone: neither torch nor the package has to be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+FIELDS: dict[str, tuple[type, ...]] = {
+    "index": (int,),
+    "task": (str,),
+    "answer": (str,),
+    "prediction": (str, type(None)),
+    "correct": (bool,),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the scores; 0 when done, 2 when a file is not usable or two files hold different items."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="output of eval_lslora.py")
+    paths = parser.parse_args(arguments).files
+    scoring = load_scoring()
+    try:
+        predictions = [read_predictions(Path(path)) for path in paths]
+        comparison = scoring.compare(*predictions) if len(paths) == 2 else None
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    summaries = [scoring.summarize(items) for items in predictions]
+    print("Accuracy in per cent, with 95 % intervals\n")
+    print(scoring.format_table(dict(zip(paths, summaries, strict=True))))
+    if comparison:
+        print("\nSecond file minus first in percentage points, paired, with 95 % intervals\n")
+        print(scoring.format_comparison(comparison))
+    return 0
+
+
+def load_scoring() -> ModuleType:
+    """The package's `scoring` module, read from its file: importing the package itself would import torch and peft."""
+    path = Path(__file__).resolve().parent / "src" / "lslora" / "scoring.py"
+    spec = importlib.util.spec_from_file_location("lslora_scoring", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot be loaded: {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """The predictions in a result file.
+
+    Raises:
+        ValueError: the file cannot be read or is not what eval_lslora.py writes.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: must be JSON in UTF-8: {error}") from error
+    predictions = content.get("predictions") if isinstance(content, dict) else None
+    if not isinstance(predictions, list) or not predictions:
+        raise ValueError(f"{path}: must hold a list of predictions as eval_lslora.py writes it")
+    for number, prediction in enumerate(predictions, start=1):
+        for field, kinds in FIELDS.items():
+            if not isinstance(prediction, dict) or not isinstance(prediction.get(field, ...), kinds):
+                raise ValueError(f"{path}: prediction {number}: field '{field}' is missing or of the wrong type")
+    return predictions
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""Measure how often a model answers right, with an adapter, without, or both side by side.
+
+Every prediction is written to OUTPUT.partial.jsonl as soon as it is there; started again with the same settings, an
+interrupted evaluation goes on where it stopped. Read the results again with calculate_score.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import sys
+from contextlib import nullcontext
+from io import BufferedRandom
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lslora.data import Row, load_rows
+from lslora.embedded import resolve_model_name
+from lslora.evaluation import evaluate, row_scorers
+from lslora.scoring import SCORERS, Prediction, compare, format_comparison, format_table, summarize
+
+ADAPTER, BASE = "adapter", "base"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the evaluation; 0 when it is done, 2 when the arguments or the data are not usable."""
+    args = parse_arguments(arguments)
+    try:
+        rows = read_rows(args.dataset, args.limit, args.seed)
+        row_scorers(rows, args.scorer)
+        settings = settings_of(args)
+        file, known = open_partial(partial_path(args.output), settings)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    with file:
+        predictions = predict(args, settings["model_name"], rows, known, file)
+    results = summaries(settings, predictions, args.seed)
+    write_whole(args.output, json.dumps(results, ensure_ascii=False, indent=1))
+    partial_path(args.output).unlink()
+    report(results)
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder; without it the base is measured")
+    parser.add_argument("--dataset", type=Path, nargs="+", required=True, metavar="FILE", help="rows (JSON or JSONL)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where the results go (JSON)")
+    parser.add_argument("--model_name", metavar="NAME", help="base model; by default the one the adapter names")
+    parser.add_argument("--base", action="store_true", help="measure the base as well and compare")
+    parser.add_argument("--scorer", choices=SCORERS, default="auto", help="auto: likelihood of the options, if any")
+    parser.add_argument("--batch_size", type=positive, default=16, metavar="ROWS")
+    parser.add_argument("--max_new_tokens", type=positive, default=256, metavar="TOKENS", help="for generated answers")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only N rows of each file, drawn with --seed")
+    parser.add_argument("--seed", type=int, default=0, help="for --limit and the intervals of differences")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="auto: as in the checkpoint",
+    )
+    args = parser.parse_args(arguments)
+    if not (args.adapter or args.model_name):
+        parser.error("one of --adapter and --model_name is needed")
+    if args.base and not args.adapter:
+        parser.error("--base compares with an adapter: give one with --adapter")
+    return args
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the predictions depend on."""
+    base_name = None
+    if args.adapter:
+        config = args.adapter / ADAPTER_FILES[0]
+        if not config.is_file():
+            raise ValueError(f"--adapter must be a folder with {ADAPTER_FILES[0]}, got {args.adapter}")
+        try:
+            base_name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{config}: must be JSON: {error}") from error
+    if not (args.model_name or base_name):
+        raise ValueError(f"{args.adapter} does not name its base model: give it with --model_name")
+    weights = [path for name in ADAPTER_FILES if args.adapter and (path := args.adapter / name).is_file()]
+    return {
+        "model_name": args.model_name or base_name,
+        "adapter": str(args.adapter) if args.adapter else None,
+        "adapter_sha256": sha256(weights) if args.adapter else None,
+        "datasets": [{"path": str(path), "sha256": sha256([path])} for path in args.dataset],
+        **{name: getattr(args, name) for name in ("base", "scorer", "batch_size", "max_new_tokens")},
+        **{name: getattr(args, name) for name in ("limit", "seed", "dtype")},
+    }
+
+
+def sha256(paths: list[Path]) -> str:
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
+
+
+def read_rows(paths: list[Path], limit: int | None, seed: int) -> list[Row]:
+    """The rows of all files; a row without a task gets the file's name, or the folder's where that tells more."""
+    rows: list[Row] = []
+    for path in paths:
+        stem = path.stem if path.stem not in ("train", "validation", "test") else path.resolve().parent.name
+        found = [row | {"task": row["task"] or stem} for row in load_rows(path)]
+        if limit is not None and limit < len(found):
+            found = [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
+        rows += found
+    return rows
+
+
+def partial_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial.jsonl")
+
+
+def open_partial(path: Path, settings: dict[str, Any]) -> tuple[BufferedRandom, dict[str, list[Prediction]]]:
+    """Open the partial results for writing on, with the predictions they hold.
+
+    Raises:
+        ValueError: the file is of another evaluation or none of ours.
+    """
+    known: dict[str, list[Prediction]] = {ADAPTER: [], BASE: []}
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a line without its end was cut short
+    remedy = f"delete {path} or choose another --output"
+    try:
+        header, *entries = [json.loads(line) for line in lines] or [settings]
+        different = [name for name in settings if header[name] != settings[name]]
+        for entry in entries:
+            known[entry["side"]].append(entry["prediction"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no partial result of this script: {remedy}") from error
+    if different:
+        was = "; ".join(f"{name} was {header[name]!r} and is {settings[name]!r}" for name in different)
+        raise ValueError(f"{path} holds results of other settings ({was}): {remedy}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("r+b" if path.exists() else "w+b")
+    file.truncate(sum(len(line) + 1 for line in lines))
+    file.seek(0, os.SEEK_END)
+    if not lines:
+        write_line(file, settings)
+    return file, known
+
+
+def write_line(file: BufferedRandom, value: dict[str, Any]) -> None:
+    file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+
+
+def predict(
+    args: argparse.Namespace,
+    model_name: str,
+    rows: list[Row],
+    known: dict[str, list[Prediction]],
+    file: BufferedRandom,
+) -> dict[str, list[Prediction]]:
+    """Load the model and let it answer: with the adapter if there is one, without if asked for, in this order."""
+    model, tokenizer = load_model(model_name, args.adapter, args.dtype)
+    sides: dict[str, Any] = {ADAPTER if args.adapter else BASE: nullcontext()}
+    if args.base:
+        sides[BASE] = model.disable_adapter()
+    predictions = {}
+    for side, context in sides.items():
+        with context, tqdm(total=len(rows), initial=len(known[side]), desc=side, unit="row") as bar:
+
+            def keep(prediction: Prediction, side: str = side, bar: Any = bar) -> None:
+                write_line(file, {"side": side, "prediction": prediction})
+                bar.update()
+
+            predictions[side] = evaluate(
+                model,
+                tokenizer,
+                rows,
+                scorer=args.scorer,
+                batch_size=args.batch_size,
+                max_new_tokens=args.max_new_tokens,
+                known=known[side],
+                on_prediction=keep,
+            )
+    return predictions
+
+
+def load_model(model_name: str, adapter: Path | None, dtype: str) -> tuple[Any, Any]:
+    """The base model, on the GPU if there is one, with the adapter if one is given; and the base's tokenizer."""
+    name = resolve_model_name(model_name)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter)
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def summaries(settings: dict[str, Any], predictions: dict[str, list[Prediction]], seed: int) -> dict[str, Any]:
+    """What the output file holds."""
+    main_side = next(iter(predictions))
+    results = {
+        "settings": settings,
+        "summary": summarize(predictions[main_side]),
+        "predictions": predictions[main_side],
+    }
+    if len(predictions) > 1:
+        results["base"] = {"summary": summarize(predictions[BASE]), "predictions": predictions[BASE]}
+        results["comparison"] = compare(predictions[BASE], predictions[main_side], seed=seed)
+    return results
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def report(results: dict[str, Any]) -> None:
+    side = ADAPTER if results["settings"]["adapter"] else BASE
+    columns = {side: results["summary"]}
+    if "base" in results:
+        columns[BASE] = results["base"]["summary"]
+    print("\nAccuracy in per cent, with 95 % intervals\n")
+    print(format_table(columns))
+    if "comparison" in results:
+        print("\nAdapter minus base in percentage points, paired, with 95 % intervals\n")
+        print(format_comparison(results["comparison"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

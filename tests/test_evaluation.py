@@ -1,0 +1,550 @@
+"""Likelihoods and generated answers against plain full-sequence computations, on tiny models with random weights."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from lslora.data import to_prompt_completion
+from lslora.evaluation import evaluate, generate_answers, row_scorers, score_options
+from lslora.scoring import option_completion, options_of
+
+QUESTIONS = (
+    "is the sky blue?",
+    "which of them has the most volume, and which of them would float on water if there were any?",
+    "who?",
+    "do squirrels sleep for long periods of time during the winter months?",
+)
+
+
+def choice_row(number, options=("true", "false"), ending=""):
+    answer = options[number % len(options)]
+    return {
+        "instruction": f"{QUESTIONS[number % 4]}\n\nAnswer format: {'/'.join(options)}",
+        "input": "some further context" if number % 3 == 0 else "",
+        "output": f"the correct answer is {answer}{ending}",
+        "answer": answer,
+        "task": f"task{number % 2}",
+    }
+
+
+def number_row(number):
+    return {
+        "instruction": QUESTIONS[number % 4] + " How many?",
+        "input": "",
+        "output": f"The answer is {number}.",
+        "answer": str(number),
+        "task": "count",
+    }
+
+
+FOUR = ("answer1", "answer2", "answer3", "answer4")
+UNEQUAL = ("yes", "no", "certainly")
+ONE_TOKEN_LEFT = [choice_row(i, FOUR) for i in range(5)]
+MORE_LEFT = [choice_row(i, UNEQUAL, ", indeed") for i in range(5)]
+MIXED = [choice_row(0), choice_row(1, FOUR, " of them"), choice_row(2, UNEQUAL), choice_row(3, FOUR), choice_row(6)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    texts = ["".join(to_prompt_completion(row).values()) for row in ONE_TOKEN_LEFT + MORE_LEFT]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    begin = bpe.token_to_id("<s>")
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "vocab_size": 400}
+ARCHITECTURES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES, intermediate_size=48, pad_token_id=0)),
+    "sliding window": lambda: MistralForCausalLM(
+        MistralConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, sliding_window=8)
+    ),
+    "learnt positions": lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=400)),
+}
+
+
+class WithoutLogitsToKeep(LlamaForCausalLM):
+    """An architecture that always makes all logits."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
+
+
+def make_model(name="llama", dtype=torch.float64):
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name]()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # weights large enough that the predictions differ from token to token
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config.eos_token_id = None
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def plain_scores(model, tokenizer, row):
+    """Every option on its own: the whole sequence at once, no padding, no cache."""
+    prompt = to_prompt_completion(row)["prompt"]
+    start = len(tokenizer(prompt)["input_ids"])
+    scores = {}
+    for option in options_of(row):
+        ids = tokenizer(prompt + option_completion(row, option))["input_ids"]
+        assert ids[:start] == tokenizer(prompt)["input_ids"]
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+        scores[option] = sum(
+            (logits[j - 1, ids[j]] - logits[j - 1].logsumexp(0)).item() for j in range(start, len(ids))
+        )
+    return scores
+
+
+def assert_scores_close(found, expected, rel=1e-9):
+    assert [list(scores) for scores in found] == [list(scores) for scores in expected]
+    for scores, reference in zip(found, expected, strict=True):
+        assert scores == pytest.approx(reference, rel=rel)
+
+
+class Calls(list):
+    """The keyword arguments of every forward call of a model."""
+
+    def __init__(self, model):
+        model.register_forward_pre_hook(lambda _, args, kwargs: self.append(kwargs), with_kwargs=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("rows", [ONE_TOKEN_LEFT, MORE_LEFT, MIXED], ids=["one token left", "more left", "mixed"])
+def test_likelihoods_equal_those_of_the_whole_sequences(tokenizer, architecture, rows):
+    model = make_model(architecture)
+    found = score_options(model, tokenizer, rows)
+    assert_scores_close(found, [plain_scores(model, tokenizer, row) for row in rows])
+
+
+def test_log_probabilities_of_a_half_precision_model_are_not_rounded_to_its_dtype(tokenizer):
+    model, logits = make_model(dtype=torch.bfloat16), []
+    model.register_forward_hook(lambda _, args, output: logits.append(output.logits[:, -1]))
+    scores = score_options(model, tokenizer, ONE_TOKEN_LEFT)
+    last = {option: tokenizer(option)["input_ids"][-1] for option in FOUR}
+    for row_logits, row_scores in zip(logits[0].double(), scores, strict=True):
+        # Where one token is left, two options differ by the difference of their logits.
+        differences = {option: (row_logits[last[option]] - row_logits[last["answer1"]]).item() for option in FOUR}
+        found = {option: row_scores[option] - row_scores["answer1"] for option in FOUR}
+        assert found == pytest.approx(differences, abs=1e-4)
+
+
+def test_architectures_that_lack_an_argument(tokenizer):
+    model = make_model()
+    expected = score_options(model, tokenizer, MORE_LEFT)
+    model.__class__ = WithoutLogitsToKeep
+    assert_scores_close(score_options(model, tokenizer, MORE_LEFT), expected)
+    torch.manual_seed(0)  # Bloom takes no position_ids; row by row, as in float64 it turns padding into NaN
+    bloom = BloomForCausalLM(BloomConfig(n_layer=2, n_head=4, hidden_size=32, vocab_size=400)).double().eval()
+    for row in MIXED:
+        assert_scores_close(score_options(bloom, tokenizer, [row]), [plain_scores(bloom, tokenizer, row)])
+
+
+def test_a_model_that_computes_no_numbers_is_not_scored(tokenizer):
+    model = make_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"log-likelihoods must be finite, got \[nan, nan"):
+        score_options(model, tokenizer, MIXED)
+
+
+@pytest.mark.parametrize(
+    ("rows", "passes"), [(ONE_TOKEN_LEFT, 1), (MORE_LEFT, 2)], ids=["one token left", "more left"]
+)
+def test_the_shared_tokens_pass_once_and_few_logits_are_made(tokenizer, rows, passes):
+    model = make_model()
+    calls = Calls(model)
+    score_options(model, tokenizer, rows)
+    assert len(calls) == passes
+    assert calls[0]["input_ids"].shape[0] == len(rows)
+    completion = len(tokenizer("the correct answer is answer")["input_ids"]) - 1
+    assert calls[0]["logits_to_keep"] <= completion + 1
+    if passes == 2:
+        assert calls[1]["input_ids"].shape[0] == sum(len(options_of(row)) for row in rows)
+        assert calls[1]["input_ids"].shape[1] < calls[0]["logits_to_keep"] + 8
+
+
+def test_a_token_that_the_tokenizer_puts_at_the_end_does_not_count(tokenizer):
+    model = make_model()
+    ending = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), bos_token="<s>", eos_token="</s>"
+    )
+    ids = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ids)
+    assert ending("who?")["input_ids"][-1] == tokenizer.eos_token_id
+    assert score_options(model, ending, MIXED) == score_options(model, tokenizer, MIXED)
+    texts = generate_answers(model, tokenizer, MIXED, max_new_tokens=5)
+    assert generate_answers(model, ending, MIXED, max_new_tokens=5) == texts
+
+
+def test_options_of_which_one_begins_with_another_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"no option's tokens may begin with all those of another.*'a', 'a-b', 'c'"):
+        score_options(make_model(), tokenizer, [choice_row(0, ("a", "a-b", "c"))])
+
+
+def test_likelihood_of_a_row_without_options_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="must end in 'Answer format"):
+        score_options(make_model(), tokenizer, [number_row(1)])
+
+
+@torch.no_grad()
+def plain_greedy(model, tokenizer, row, max_new_tokens, end=None):
+    """The most likely token again and again, every time from the whole sequence."""
+    prompt = ids = tokenizer(to_prompt_completion(row)["prompt"])["input_ids"]
+    while len(ids) - len(prompt) < max_new_tokens and (ids is prompt or ids[-1] != end):
+        ids = [*ids, model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()]
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generation_is_greedy_and_unmoved_by_padding(tokenizer, architecture):
+    model = make_model(architecture)
+    found = generate_answers(model, tokenizer, MIXED, max_new_tokens=6)
+    assert found == [plain_greedy(model, tokenizer, row, 6) for row in MIXED]
+    assert len(set(found)) > 1
+
+
+def test_generation_ignores_the_models_own_settings(tokenizer):
+    model = make_model()
+    expected = generate_answers(model, tokenizer, MIXED, max_new_tokens=6)
+    stored = model.generation_config
+    stored.do_sample, stored.temperature, stored.repetition_penalty, stored.no_repeat_ngram_size = True, 9.0, 5.0, 1
+    assert generate_answers(model, tokenizer, MIXED, max_new_tokens=6) == expected
+
+
+def test_generation_ends_with_the_models_or_the_tokenizers_end_token(tokenizer):
+    model = make_model()
+    (text,) = generate_answers(model, tokenizer, MIXED[:1], max_new_tokens=8)
+    end = tokenizer(text)["input_ids"][3]
+    expected = plain_greedy(model, tokenizer, MIXED[0], 8, end)
+    assert expected != text
+    model.generation_config.eos_token_id = [end]
+    assert generate_answers(model, tokenizer, MIXED[:1], max_new_tokens=8) == [expected]
+
+
+ALL_ROWS = [row for pair in zip(MIXED, map(number_row, range(5)), strict=True) for row in pair]
+
+
+@pytest.mark.parametrize("scorer", ["auto", "generate"])
+def test_batch_size_does_not_matter(tokenizer, scorer):
+    model = make_model()
+    one, four = (
+        evaluate(model, tokenizer, ALL_ROWS, scorer=scorer, batch_size=size, max_new_tokens=5) for size in (1, 4)
+    )
+    assert [item["index"] for item in one] == list(range(len(ALL_ROWS)))
+    for first, second in zip(one, four, strict=True):
+        assert first.pop("log_likelihoods", {}) == pytest.approx(second.pop("log_likelihoods", {}), rel=1e-9)
+        assert first == second
+
+
+def test_predictions_name_their_row_and_the_likeliest_option(tokenizer):
+    model = make_model()
+    for item, row in zip(evaluate(model, tokenizer, ALL_ROWS, max_new_tokens=3), ALL_ROWS, strict=True):
+        assert (item["task"], item["answer"]) == (row["task"], row["answer"])
+        assert ("text" in item) == (options_of(row) is None)
+        if options_of(row):
+            scores = plain_scores(model, tokenizer, row)
+            assert item["prediction"] == max(scores, key=scores.get)
+            assert item["correct"] == (item["prediction"] == row["answer"])
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4, 7, 10])
+def test_taken_up_again_it_computes_only_what_is_missing_and_the_same_numbers(tokenizer, cut):
+    model = make_model(dtype=torch.float32)
+    written = []
+    whole = evaluate(model, tokenizer, ALL_ROWS, batch_size=3, max_new_tokens=3, on_prediction=written.append)
+    assert sorted(written, key=lambda item: item["index"]) == whole
+    calls, added = Calls(model), []
+    again = evaluate(
+        model, tokenizer, ALL_ROWS, batch_size=3, max_new_tokens=3, known=written[:cut], on_prediction=added.append
+    )
+    assert again == whole
+    assert added == written[cut:]
+    assert bool(calls) == (cut < 10)
+
+
+def test_modes_and_tokenizer_are_left_as_they_were(tokenizer):
+    model = make_model().train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    seen = []
+    model.register_forward_pre_hook(lambda module, _: seen.append(any(m.training for m in module.modules())))
+    side = tokenizer.padding_side
+    evaluate(model, tokenizer, ALL_ROWS[:2], max_new_tokens=2)
+    score_options(model, tokenizer, ALL_ROWS[:1])
+    generate_answers(model, tokenizer, ALL_ROWS[:1], max_new_tokens=2)
+    assert not any(seen)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, tokenizer, ALL_ROWS, on_prediction=interrupt)
+    assert [module.training for module in model.modules()] == modes
+    assert tokenizer.padding_side == side
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"scorer": "best"}, "scorer must be one of"),
+        ({"scorer": "likelihood"}, "row with index 1: the likelihood needs"),
+    ],
+)
+def test_bad_arguments_are_refused(tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(make_model(), tokenizer, ALL_ROWS, **arguments)
+
+
+def test_row_scorers():
+    assert row_scorers(ALL_ROWS[:2]) == ["likelihood", "generate"]
+
+
+def with_adapter(model):
+    torch.manual_seed(1)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    return tuned.eval()
+
+
+def test_adapter_and_base_are_told_apart(tokenizer):
+    base = score_options(make_model(), tokenizer, MIXED)
+    tuned = with_adapter(make_model())
+    found = score_options(tuned, tokenizer, MIXED)
+    assert_scores_close(found, [plain_scores(tuned, tokenizer, row) for row in MIXED])
+    assert found[0] != pytest.approx(base[0], rel=1e-3)
+    with tuned.disable_adapter():
+        assert_scores_close(score_options(tuned, tokenizer, MIXED), base)
+
+
+# eval_lslora.py
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).parents[1] / "eval_lslora.py"
+    spec = importlib.util.spec_from_file_location("eval_lslora", path)
+    sys.modules["eval_lslora"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["eval_lslora"]
+
+
+@pytest.fixture
+def arguments(tmp_path, tokenizer):
+    model = make_model(dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tuned = with_adapter(model)
+    tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "adapter")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ALL_ROWS), encoding="utf-8")
+    return {
+        "--adapter": tmp_path / "adapter",
+        "--dataset": data,
+        "--output": tmp_path / "results" / "out.json",
+        "--batch_size": 3,
+        "--max_new_tokens": 3,
+    }
+
+
+def command(arguments, *flags):
+    return [*(str(part) for pair in arguments.items() for part in pair), *flags]
+
+
+def partial(arguments):
+    return Path(f"{arguments['--output']}.partial.jsonl")
+
+
+def test_script_measures_adapter_and_base_and_compares_them(script, arguments, tokenizer, capsys):
+    base = make_model(dtype=torch.float32)
+    rows = []
+    for row, scores in zip(MIXED, score_options(base, tokenizer, MIXED), strict=True):
+        best = max(scores, key=scores.get)
+        rows.append(row | {"answer": best, "output": option_completion(row, best)})  # the base is always right
+    arguments["--dataset"].write_text(json.dumps(rows), encoding="utf-8")
+
+    assert script.main(command(arguments, "--base")) == 0
+    results = json.loads(arguments["--output"].read_text(encoding="utf-8"))
+    assert not partial(arguments).exists()
+    assert results["base"]["predictions"] == evaluate(base, tokenizer, rows, batch_size=3)
+    assert results["base"]["summary"]["micro"]["accuracy"] == 1
+    tuned = PeftModel.from_pretrained(base, arguments["--adapter"])
+    assert results["predictions"] == evaluate(tuned, tokenizer, rows, batch_size=3)
+    accuracy = results["summary"]["micro"]["accuracy"]
+    assert accuracy == sum(item["correct"] for item in results["predictions"]) / 5 < 1
+    assert results["comparison"]["micro"]["difference"] == pytest.approx(accuracy - 1)
+    printed = capsys.readouterr().out
+    assert f"{100 * accuracy:.2f} [" in printed
+    assert f"McNemar p = {results['comparison']['mcnemar_p']:.4g}" in printed
+
+
+def test_script_measures_a_base_alone(script, arguments):
+    model_name = arguments.pop("--adapter").parent / "base"
+    assert script.main(command(arguments | {"--model_name": model_name})) == 0
+    results = json.loads(arguments["--output"].read_text(encoding="utf-8"))
+    assert results["settings"]["adapter"] is None
+    assert "base" not in results
+
+
+@pytest.fixture
+def interrupted(script, arguments, monkeypatch):
+    """Run the script, interrupted after some lines and perhaps within the next; the lines written."""
+
+    def run(lines, torn=False):
+        write, written = script.write_line, []
+
+        def write_or_interrupt(file, value):
+            if len(written) == lines:
+                file.write(b'{"side": "adap' * torn)
+                raise KeyboardInterrupt
+            write(file, value)
+            written.append(value)
+            assert json.loads(partial(arguments).read_bytes().splitlines()[-1]) == value
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(script, "write_line", write_or_interrupt)
+            patch.setattr(script, "write_whole", interrupt)
+            script.main(command(arguments, "--base"))
+        assert not arguments["--output"].exists()
+        return written
+
+    return run
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("cuts", [(0,), (1,), (6, 1), (14, 3, 2), (21, 0)])
+def test_script_goes_on_where_it_was_interrupted(script, arguments, interrupted, cuts, torn):
+    assert script.main(command(arguments, "--base")) == 0
+    expected = arguments["--output"].read_text(encoding="utf-8")
+    arguments["--output"].unlink()
+    written = [line for cut in cuts for line in interrupted(cut, torn)]
+    assert [json.loads(line) for line in partial(arguments).read_bytes().split(b"\n")[:-1]] == written
+    assert script.main(command(arguments, "--base")) == 0
+    assert arguments["--output"].read_text(encoding="utf-8") == expected
+    assert not partial(arguments).exists()
+
+
+def test_script_computes_nothing_anew_when_all_is_there(script, arguments, interrupted, monkeypatch):
+    assert len(interrupted(21)) == 21  # the settings, and ten rows with and without the adapter
+    monkeypatch.setattr(script, "write_line", interrupt)
+    assert script.main(command(arguments, "--base")) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"--batch_size": 4}, "batch_size was 3 and is 4"),
+        ({"--limit": 4}, "limit was None and is 4"),
+        ("adapter", "adapter_sha256 was"),
+        ("rows", "datasets was"),
+    ],
+)
+def test_script_does_not_mix_settings(script, arguments, monkeypatch, capsys, change, named):
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "predict", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(command(arguments))
+    if change == "adapter":
+        weights = arguments["--adapter"] / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    elif change == "rows":
+        arguments["--dataset"].write_text(json.dumps(ALL_ROWS[0]), encoding="utf-8")
+    else:
+        arguments |= change
+    before = partial(arguments).read_bytes()
+    assert script.main(command(arguments)) == 2
+    message = capsys.readouterr().err
+    assert named in message
+    assert f"delete {partial(arguments)} or choose another --output" in message
+    assert partial(arguments).read_bytes() == before
+
+
+def test_script_leaves_a_strange_partial_file_alone(script, arguments, capsys):
+    partial(arguments).parent.mkdir()
+    partial(arguments).write_text("my notes\n", encoding="utf-8")
+    assert script.main(command(arguments)) == 2
+    assert "is no partial result" in capsys.readouterr().err
+    assert partial(arguments).read_text(encoding="utf-8") == "my notes\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments_changed", "content", "message"),
+    [
+        ({}, '{"instruction": "x"}\n', "line 1: field 'output' is missing"),
+        ({}, '{"instruction": "x", "output": "y"}\n', "row with index 0: a row to be scored must have an answer"),
+        ({"--dataset": "missing.jsonl"}, None, "missing.jsonl: cannot be read"),
+        ({"--adapter": "missing"}, None, "--adapter must be a folder with adapter_config.json, got missing"),
+    ],
+)
+def test_script_refuses_bad_input_before_the_model_is_loaded(
+    script, arguments, monkeypatch, capsys, arguments_changed, content, message
+):
+    monkeypatch.setattr(script, "load_model", interrupt)
+    if content:
+        arguments["--dataset"].write_text(content, encoding="utf-8")
+    assert script.main(command(arguments | arguments_changed)) == 2
+    assert message in capsys.readouterr().err
+    assert not arguments["--output"].parent.exists()
+
+
+def test_script_draws_a_limited_sample_by_seed_and_names_tasks_after_files(script, tmp_path):
+    rows = [{"instruction": f"Q{i}", "output": "1", "answer": "1", "task": "given" * (i == 0)} for i in range(50)]
+    (tmp_path / "boolq").mkdir()
+    paths = [tmp_path / "boolq" / "test.json", tmp_path / "arc.json"]
+    for path in paths:
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    assert [row["task"] for row in script.read_rows(paths, None, 0)] == [
+        "given",
+        *["boolq"] * 49,
+        "given",
+        *["arc"] * 49,
+    ]
+    first, again, other = (script.read_rows(paths, 5, seed) for seed in (0, 0, 1))
+    assert len(first) == 10
+    assert first == again != other
+    assert [int(row["instruction"][1:]) for row in first[:5]] == sorted(
+        int(row["instruction"][1:]) for row in first[:5]
+    )
+
+
+@pytest.mark.parametrize(
+    "line", ["--dataset x --output y", "--dataset x --output y --model_name z --base", "--batch_size 0 --dataset x"]
+)
+def test_script_refuses_arguments_that_make_no_sense(script, line):
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(line.split())
+    assert exit_info.value.code == 2

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Evaluate a trained adapter, and its base model beside it, on the embedded test split.
+#
+#   bash eval_lslora.sh DIR
+#
+# What follows is handed to eval_lslora.py and overrides, e.g. --dataset dataset/test/boolq.json --output boolq.json
+set -euo pipefail
+cd "$(dirname "$0")"
+
+if [ $# -eq 0 ] || [ ! -f "$1/adapter_config.json" ]; then
+    echo "usage: bash eval_lslora.sh DIR, with DIR the folder of a trained adapter (it holds adapter_config.json)" >&2
+    exit 2
+fi
+adapter=$1
+shift
+
+source scripts/environment.sh
+exec python eval_lslora.py --adapter "$adapter" --base \
+    --dataset dataset/commonsense_mini/test.jsonl --output "$adapter/evaluation.json" "$@"

@@ -1,0 +1,17 @@
+"""What several test files share."""
+
+import os
+
+# No test may wait for a hub; set before any library reads it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Folder of the embedded model, in the user's cache: fetched on the first run."""
+    from lslora.embedded import embedded_model
+
+    return embedded_model()

@@ -1,0 +1,56 @@
+"""Imports run one way: `__init__ → registry → model → layer → ops.spline → {cpu, eager} → reference`."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "src" / "lslora"
+
+# Every module and the modules of the package it may import (at the top or inside a function).
+ALLOWED = {
+    "__init__": {"registry", "config", "layer", "model", "penalty"},
+    "registry": {"config", "model"},
+    "model": {"config", "layer"},
+    "layer": {"config", "penalty", "ops.spline"},
+    "penalty": {"layer"},  # its splines; imported when asked, since every spline registers there
+    "ops.__init__": set(),
+    "ops.spline": {"ops.cpu", "ops.eager", "ops.reference"},
+    "ops.cpu": {"ops.reference"},
+    "ops.eager": {"ops.reference"},
+    "ops.reference": set(),
+    "config": set(),
+    "data": set(),
+    "scoring": set(),
+    "embedded": set(),
+    "diagnostics": {"layer"},
+    "training": {"diagnostics", "layer"},
+    "evaluation": {"data", "scoring"},
+    "card": {"embedded", "scoring"},
+}
+
+
+def imports(path):
+    """Modules of the package that a file imports, as dotted names relative to the package."""
+    folder = ["lslora", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = folder[: len(folder) - node.level + 1] if node.level else []
+            module = ".".join([*base, node.module] if node.module else base)
+            names = [f"{module}.{alias.name}" if node.module is None else module for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix("lslora.") for name in names if name.startswith("lslora."))
+
+
+def test_imports_run_one_way():
+    found = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): set(imports(p)) for p in PACKAGE.rglob("*.py")}
+    assert found.keys() == ALLOWED.keys()
+    for module, names in found.items():
+        assert names <= ALLOWED[module], f"{module} imports {sorted(names - ALLOWED[module])}"
+
+
+def test_the_operation_knows_no_config_and_no_module():
+    for path in (PACKAGE / "ops").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "nn.Module" not in text and "peft" not in text, path.name

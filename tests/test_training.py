@@ -1,0 +1,219 @@
+"""The penalty, the optimizer group and the log under real trainers, on a small real architecture."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from lslora import LSLoraConfig, Spline, spline_penalty
+from lslora.training import SplineTrainerMixin, separate_spline_group
+
+WORDS = ["the", "correct", "answer", "is", "true", "false", "red", "green", "blue", "one", "two", "three"]
+VOCABULARY = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+
+
+def tokenizer():
+    raw = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def model(offset=0.0, **settings):
+    """A small Llama with a spline at every linear layer, `offset` off the identity, and B not zero."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(VOCABULARY), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
+        )
+    )  # fmt: skip
+    peft_model = get_peft_model(
+        base,
+        LSLoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM", **settings),
+    )
+    for spline in splines(peft_model):
+        spline.values = spline.grid + offset * torch.linspace(-1, 2, len(spline.grid))
+    return peft_model
+
+
+def splines(peft_model):
+    return [module for module in peft_model.modules() if isinstance(module, Spline)]
+
+
+def rows(count=16):
+    texts = [f"{WORDS[i % 5]} {WORDS[(3 * i) % 7]}" for i in range(count)]
+    return Dataset.from_list(
+        [{"prompt": text, "completion": f" the answer is {WORDS[i % 12]}"} for i, text in enumerate(texts)]
+    )
+
+
+def tokenized(count=16):
+    encode = tokenizer()
+    ids = [encode(f"{row['prompt']}{row['completion']}")["input_ids"] for row in rows(count)]
+    return Dataset.from_list([{"input_ids": i, "attention_mask": [1] * len(i), "labels": i} for i in ids])
+
+
+def settings(tmp_path, accumulation=1, **more):
+    defaults = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 8 // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "optim": "sgd",
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    return defaults | more
+
+
+def sft(tmp_path, peft_model, accumulation=1, trainer=SFTTrainer, eval_dataset=None, trainer_settings=None, **more):
+    return trainer(
+        model=peft_model, args=SFTConfig(**settings(tmp_path, accumulation, **more)), train_dataset=rows(),
+        eval_dataset=eval_dataset, processing_class=tokenizer(), **(trainer_settings or {}),
+    )  # fmt: skip
+
+
+def plain(tmp_path, peft_model, accumulation=1, **more):
+    args = TrainingArguments(**settings(tmp_path, accumulation, remove_unused_columns=False, **more))
+
+    def collate(batch):
+        width = max(len(row["input_ids"]) for row in batch)
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        return {
+            key: torch.tensor([row[key] + [pad] * (width - len(row[key])) for row in batch])
+            for key, pad in fill.items()
+        }
+
+    return Trainer(model=peft_model, args=args, train_dataset=tokenized(), data_collator=collate)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
+@pytest.mark.parametrize("make_trainer", [sft, plain])
+def test_penalty_moves_the_knots_by_the_analytic_amount(tmp_path, make_trainer, accumulation):
+    """One SGD step with weight 1000 and one with 0 differ by `lr · 2 · 1000 / K · (v − k)`."""
+    moved = {}
+    for weight in (0.0, 1000.0):
+        peft_model = model(offset=0.1, spline_reg_weight=weight)
+        offsets = splines(peft_model)[0].weight.detach().clone()
+        make_trainer(tmp_path, peft_model, accumulation).train()
+        moved[weight] = [spline.weight.detach().clone() for spline in splines(peft_model)]
+    expected = -1e-3 * 2 * 1000.0 / 5 * offsets
+    assert len(moved[0.0]) == 14
+    for without, with_penalty in zip(moved[0.0], moved[1000.0], strict=True):
+        torch.testing.assert_close(with_penalty - without, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_penalty_gradient_is_that_of_its_value():
+    peft_model = model(offset=0.3, spline_reg_weight=0.7, num_knots=6)
+    weights = [spline.weight for spline in splines(peft_model)]
+    expected = torch.autograd.grad(spline_penalty(peft_model), weights)
+    assert spline_penalty(peft_model).item() == pytest.approx(14 * 0.7 * (weights[0] ** 2).mean().item())
+    start = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    torch.optim.SGD(weights, lr=1.0).step()
+    for weight, before, gradient in zip(weights, start, expected, strict=True):
+        torch.testing.assert_close(before - weight, gradient)
+
+
+def test_penalty_reaches_copies_and_only_what_is_stepped():
+    first = model(offset=0.2, spline_reg_weight=1.0)
+    second = copy.deepcopy(first)
+    third = torch.nn.Linear(2, 2)
+    for peft_model in (first, second):
+        for spline in splines(peft_model):
+            spline.weight.grad = torch.zeros_like(spline.weight)
+    frozen = splines(second)[0]
+    frozen.weight.grad = None
+    before = splines(first)[0].weight.detach().clone()
+    optimizer = torch.optim.SGD([*second.parameters(), *third.parameters()], lr=1.0)
+    optimizer.step()
+    assert torch.equal(splines(first)[0].weight, before)
+    assert torch.equal(frozen.weight, before)
+    torch.testing.assert_close(splines(second)[1].weight, before * (1 - 2 / 5))
+
+
+def test_penalty_does_not_colour_the_losses(tmp_path):
+    losses = []
+    for weight in (0.0, 1000.0):
+        trainer = sft(
+            tmp_path, model(offset=0.1, spline_reg_weight=weight), eval_dataset=rows(4), logging_steps=1,
+            eval_strategy="steps", eval_steps=1, learning_rate=0.0,
+        )  # fmt: skip
+        trainer.train()
+        losses.append([entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history[:2]])
+    assert losses[0] == losses[1]
+
+
+def test_spline_group():
+    peft_model = model()
+    trainable = [p for p in peft_model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.1)
+    separate_spline_group(optimizer, peft_model, lr_ratio=25.0)
+    others, own = optimizer.param_groups
+    assert {id(p) for p in own["params"]} == {id(p) for s in splines(peft_model) for p in s.parameters()}
+    assert (own["lr"], own["weight_decay"], others["lr"], others["weight_decay"]) == (0.025, 0.0, 1e-3, 0.1)
+    assert len(own["params"]) + len(others["params"]) == len(trainable)
+    with pytest.raises(ValueError, match="lr_ratio must be positive, got 0"):
+        separate_spline_group(optimizer, peft_model, lr_ratio=0)
+    with pytest.raises(ValueError, match="must share one learning rate"):
+        mixed = [{"params": [p], "lr": 10.0**-i} for i, p in enumerate(splines(peft_model)[0].parameters())]
+        separate_spline_group(torch.optim.SGD(mixed), peft_model)
+    plain_model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(plain_model.parameters(), lr=1.0)
+    separate_spline_group(optimizer, plain_model)
+    assert len(optimizer.param_groups) == 1
+
+
+class SplineSFTTrainer(SplineTrainerMixin, SFTTrainer):
+    pass
+
+
+def test_trainer_scales_the_learning_rate_of_the_splines_and_logs_them(tmp_path):
+    start = model(offset=0.0)
+    before = {name: p.detach().clone() for name, p in start.named_parameters()}
+    steps = {}
+    for ratio in (1.0, 10.0):
+        peft_model = model()
+        trainer = sft(
+            tmp_path, peft_model, trainer=SplineSFTTrainer, trainer_settings={"spline_lr_ratio": ratio},
+            logging_steps=1, max_grad_norm=0.0, lr_scheduler_type="linear", max_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        steps[ratio] = {n: p.detach() - before[n] for n, p in peft_model.named_parameters() if p.requires_grad}
+        entry = next(e for e in trainer.state.log_history if "loss" in e)
+        deviation = sum(s.weight.detach().abs().mean().item() for s in splines(peft_model)) / 14
+        assert entry["spline/deviation"] == pytest.approx(deviation, rel=1e-5) and deviation > 0
+        assert {"spline/slope_variance", "spline/input_scale", "spline/output_scale"} <= entry.keys()
+    for name, step in steps[1.0].items():
+        ratio = 10.0 if "lora_spline" in name else 1.0
+        # Steps are differences of fp32 numbers near 1 for A and B, hence the absolute part.
+        torch.testing.assert_close(steps[10.0][name], ratio * step, rtol=1e-3, atol=2e-7, msg=name)
+
+
+def test_trainer_refuses_a_ratio_that_is_not_positive(tmp_path):
+    with pytest.raises(ValueError, match="spline_lr_ratio must be positive, got -1"):
+        sft(tmp_path, model(), trainer=SplineSFTTrainer, trainer_settings={"spline_lr_ratio": -1})
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path):
+    more = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
+    more |= {"trainer": SplineSFTTrainer, "trainer_settings": {"spline_lr_ratio": 20.0}, "max_steps": 4}
+    whole, resumed = model(), model()
+    sft(tmp_path / "whole", whole, **more).train()
+    sft(tmp_path / "resumed", resumed, **more).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert any((s.weight != 0).any() for s in splines(whole))
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name

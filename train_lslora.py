@@ -1,0 +1,285 @@
+"""Fine-tune a causal language model with LS-LoRA, or with plain LoRA for comparison.
+
+TRL's SFTTrainer does the work. The defaults are the recipe of the reference run (README, "Method"); what is read and
+written is described in the README, "Training".
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lslora.data import Row
+
+TRACKERS = ("wandb", "tensorboard", "trackio")
+OCCUPANCY_BATCHES = 8
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    group = parser.add_argument_group("what to train")
+    group.add_argument("--model_name", required=True, help="smollm2 (the embedded model), a hub id or a local folder")
+    group.add_argument("--dataset_path", required=True, help="JSON or JSONL with instruction, input, output, answer")
+    group.add_argument("--output_dir", required=True, help="folder for checkpoints, the adapter and its diagnostics")
+    group.add_argument("--method", choices=("lslora", "lora"), default="lslora", help="lora is peft's plain LoRA")
+    group.add_argument("--eval_dataset_path", help="rows to answer before and after training, for the accuracy")
+    group.add_argument("--loss_on_prompt", action="store_true", help="train on the prompt's tokens as well")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--max_steps", type=int, default=500)
+    group.add_argument("--batch_size", type=int, default=4, help="rows a device and micro-batch")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument("--learning_rate", type=float, default=2e-4)
+    group.add_argument("--spline_lr_ratio", type=float, default=1.0, help="learning rate of the splines over LoRA's")
+    group.add_argument("--lr_scheduler_type", default="linear")
+    group.add_argument("--warmup_steps", type=float, default=0, help="steps, or a share of all steps if below 1")
+    group.add_argument("--weight_decay", type=float, default=0.0, help="of A and B; the splines have none")
+    group.add_argument("--optim", default="adamw_torch", help="any optimizer of transformers, e.g. paged_adamw_32bit")
+    group.add_argument("--max_length", type=int, default=512, help="tokens a row; longer rows are cut at the end")
+    group.add_argument("--seed", type=int, default=42)
+
+    group = parser.add_argument_group("adapter")
+    group.add_argument("--r", type=int, default=16, help="rank")
+    group.add_argument("--lora_alpha", type=int, default=32)
+    group.add_argument("--lora_dropout", type=float, default=0.05)
+    group.add_argument("--target_modules", nargs="+", default=["all-linear"])
+
+    group = parser.add_argument_group("spline (--method lslora)")
+    group.add_argument("--num_knots", type=int, default=5)
+    group.add_argument("--k_min", type=float, default=-3.0)
+    group.add_argument("--k_max", type=float, default=3.0)
+    group.add_argument("--interpolation_method", choices=("piecewise", "soft"), default="piecewise")
+    group.add_argument("--extrapolation", choices=("clamp", "linear"), default="clamp")
+    group.add_argument("--spline_reg_weight", type=float, default=0.01)
+
+    group = parser.add_argument_group("memory and machine")
+    group.add_argument("--load_in_4bit", action="store_true", help="quantise the base (QLoRA); needs bitsandbytes")
+    group.add_argument("--bf16", action="store_true", help="bfloat16 base and autocast instead of float32")
+    group.add_argument("--gradient_checkpointing", action="store_true")
+
+    group = parser.add_argument_group("log and checkpoints")
+    group.add_argument("--save_steps", type=int, default=100)
+    group.add_argument("--logging_steps", type=int, default=10)
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    group.add_argument("--report_to", nargs="+", default=["none"], help="wandb, tensorboard, trackio, ...")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    from lslora.data import DataError, load_rows
+
+    try:
+        rows = load_rows(args.dataset_path)
+        eval_rows = load_rows(args.eval_dataset_path) if args.eval_dataset_path else []
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    missing = missing_for(args)
+    if missing:
+        print("error: this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing), file=sys.stderr)
+        return 2
+    train(args, rows, eval_rows)
+    return 0
+
+
+def missing_for(args: argparse.Namespace) -> list[str]:
+    """What the explicit choices in `args` need and this machine lacks; told before anything is loaded."""
+    import torch
+    from transformers.trainer_utils import get_last_checkpoint
+
+    missing = []
+    if (args.load_in_4bit or "bit" in args.optim) and find_spec("bitsandbytes") is None:
+        missing.append("bitsandbytes, for --load_in_4bit and 8-bit or paged optimizers: pip install 'lslora[quant]'")
+    if args.optim.startswith("paged_") and not torch.cuda.is_available():
+        missing.append(f"a CUDA device: --optim {args.optim} pages its state between GPU and CPU")
+    for tracker in TRACKERS:
+        if tracker in args.report_to and find_spec(tracker) is None:
+            missing.append(f"{tracker}, for --report_to {tracker}: pip install {tracker}")
+    if args.resume and not (Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)):
+        missing.append(f"a checkpoint in {args.output_dir} to --resume from")
+    return missing + missing_model(args.model_name)
+
+
+def missing_model(model_name: str) -> list[str]:
+    from lslora.embedded import resolve_model_name
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(resolve_model_name(model_name))
+    except (OSError, RuntimeError, ValueError) as error:
+        return [f"the model {model_name}: {str(error).splitlines()[0]}"]
+    return []
+
+
+def train(args: argparse.Namespace, rows: list[Row], eval_rows: list[Row]) -> None:
+    from datasets import Dataset
+    from lslora.data import to_prompt_completion
+    from lslora.training import SplineTrainerMixin
+    from trl import SFTTrainer
+
+    class SplineSFTTrainer(SplineTrainerMixin, SFTTrainer):
+        pass
+
+    if "wandb" in args.report_to:
+        wandb_offline_without_key()
+    model, tokenizer = load_model(args)
+    trainer = SplineSFTTrainer(
+        model=model,
+        args=trainer_config(args),
+        train_dataset=Dataset.from_list([dict(to_prompt_completion(row)) for row in rows]),
+        processing_class=tokenizer,
+        peft_config=adapter_config(args),
+        spline_lr_ratio=args.spline_lr_ratio,
+    )
+    trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=args.resume)
+    trainer.save_model()
+    trainer.save_state()
+    if args.method == "lslora":
+        report_splines(trainer, args)
+    accuracy = report_accuracy(trainer, tokenizer, eval_rows, args) if eval_rows else None
+    write_card(trainer, args, accuracy)
+    print(f"\nAdapter, log and report are in {args.output_dir}")
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+    from lslora.embedded import resolve_model_name
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    quantization = None
+    if args.load_in_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    name = resolve_model_name(args.model_name)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=quantization)
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+def adapter_config(args: argparse.Namespace) -> Any:
+    from lslora import LSLoraConfig
+    from peft import LoraConfig
+
+    everything = args.target_modules == ["all-linear"]
+    lora = {
+        "r": args.r,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "target_modules": "all-linear" if everything else args.target_modules,
+    }
+    if args.method == "lora":
+        return LoraConfig(**lora)
+    return LSLoraConfig(
+        **lora,
+        num_knots=args.num_knots,
+        k_min=args.k_min,
+        k_max=args.k_max,
+        interpolation_method=args.interpolation_method,
+        extrapolation=args.extrapolation,
+        spline_reg_weight=args.spline_reg_weight,
+    )
+
+
+def trainer_config(args: argparse.Namespace) -> Any:
+    import torch
+    from trl import SFTConfig
+
+    return SFTConfig(
+        output_dir=args.output_dir,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        optim=args.optim,
+        max_length=args.max_length,
+        completion_only_loss=not args.loss_on_prompt,
+        seed=args.seed,
+        bf16=args.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        gradient_checkpointing=args.gradient_checkpointing,
+        save_steps=args.save_steps,
+        logging_steps=args.logging_steps,
+        report_to=args.report_to,
+    )
+
+
+def wandb_offline_without_key() -> None:
+    """Let wandb write its run to disk where nobody is logged in, instead of asking for a key."""
+    import wandb
+
+    if not wandb.api.api_key and "WANDB_MODE" not in os.environ:
+        os.environ["WANDB_MODE"] = "offline"
+        print("wandb: no API key, so the run is written offline; send it later with: wandb sync wandb/offline-run-*")
+
+
+def report_splines(trainer: Any, args: argparse.Namespace) -> None:
+    """`spline_diagnostics.json`, `spline_curves.png`, and a table in the terminal."""
+    from lslora.diagnostics import observe_occupancy, plot_splines, save_records, spline_records, spline_table
+    from rich.console import Console
+
+    with observe_occupancy(trainer.model) as occupancy:
+        run_batches(trainer, OCCUPANCY_BATCHES)
+    records = spline_records(trainer.model, occupancy=occupancy)
+    save_records(records, Path(args.output_dir) / "spline_diagnostics.json")
+    plot_splines(records, Path(args.output_dir) / "spline_curves.png")
+    Console().print(spline_table(records))
+
+
+def run_batches(trainer: Any, count: int) -> None:
+    """Forward passes over the first training batches, in eval mode."""
+    import torch
+
+    trainer.model.eval()
+    with torch.inference_mode():
+        for _, batch in zip(range(count), trainer.get_train_dataloader(), strict=False):
+            batch.pop("labels")
+            trainer.model(**batch)
+
+
+def report_accuracy(trainer: Any, tokenizer: Any, rows: list[Row], args: argparse.Namespace) -> dict[str, Any]:
+    """Answer the evaluation rows without and with the adapter; print both and how they differ."""
+    from lslora.evaluation import evaluate
+    from lslora.scoring import compare, format_comparison, format_table, summarize
+    from tqdm import tqdm
+
+    predictions = {}
+    for name, adapter in (("base", trainer.model.disable_adapter()), (args.method, nullcontext())):
+        with adapter, tqdm(total=len(rows), desc=f"Answering ({name})", unit="row") as bar:
+            predictions[name] = evaluate(trainer.model, tokenizer, rows, on_prediction=lambda _: bar.update())  # noqa: B023
+    summaries = {name: summarize(found) for name, found in predictions.items()}
+    print(f"\nAccuracy on {args.eval_dataset_path} in per cent, with 95 % intervals")
+    print(format_table(summaries))
+    print(f"\n{args.method} minus base")
+    print(format_comparison(compare(*predictions.values())))
+    return summaries
+
+
+def write_card(trainer: Any, args: argparse.Namespace, accuracy: dict[str, Any] | None) -> None:
+    from lslora.card import model_card
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "resume")}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    card = model_card(args.model_name, args.method, settings, losses=losses, accuracy=accuracy)
+    (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,6 +14,6 @@ fi
 adapter=$1
 shift
 
-source scripts/environment.sh
+source scripts/environment.sh train
 exec python eval_lslora.py --adapter "$adapter" --base \
     --dataset dataset/commonsense_mini/test.jsonl --output "$adapter/evaluation.json" "$@"

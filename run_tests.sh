@@ -2,7 +2,7 @@
 # Style, types, and all tests with the line coverage of src/lslora. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")"
-source scripts/environment.sh
+source scripts/environment.sh dev
 ruff check .
 ruff format --check .
 mypy

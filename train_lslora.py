@@ -43,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--weight_decay", type=float, default=0.0, help="of A and B; the splines have none")
     group.add_argument("--optim", default="adamw_torch", help="any optimizer of transformers, e.g. paged_adamw_32bit")
     group.add_argument("--max_length", type=int, default=512, help="tokens a row; longer rows are cut at the end")
+    group.add_argument("--group_by_length", action="store_true", help="rows of similar length share a batch")
     group.add_argument("--seed", type=int, default=42)
 
     group = parser.add_argument_group("adapter")
@@ -109,8 +110,9 @@ def missing_for(args: argparse.Namespace) -> list[str]:
 
 
 def missing_model(model_name: str) -> list[str]:
-    from lslora.embedded import resolve_model_name
     from transformers import AutoConfig
+
+    from lslora.embedded import resolve_model_name
 
     try:
         AutoConfig.from_pretrained(resolve_model_name(model_name))
@@ -121,9 +123,10 @@ def missing_model(model_name: str) -> list[str]:
 
 def train(args: argparse.Namespace, rows: list[Row], eval_rows: list[Row]) -> None:
     from datasets import Dataset
+    from trl import SFTTrainer
+
     from lslora.data import to_prompt_completion
     from lslora.training import SplineTrainerMixin
-    from trl import SFTTrainer
 
     class SplineSFTTrainer(SplineTrainerMixin, SFTTrainer):
         pass
@@ -152,8 +155,9 @@ def train(args: argparse.Namespace, rows: list[Row], eval_rows: list[Row]) -> No
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
-    from lslora.embedded import resolve_model_name
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from lslora.embedded import resolve_model_name
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     quantization = None
@@ -170,8 +174,9 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def adapter_config(args: argparse.Namespace) -> Any:
-    from lslora import LSLoraConfig
     from peft import LoraConfig
+
+    from lslora import LSLoraConfig
 
     everything = args.target_modules == ["all-linear"]
     lora = {
@@ -211,6 +216,7 @@ def trainer_config(args: argparse.Namespace) -> Any:
         optim=args.optim,
         max_length=args.max_length,
         completion_only_loss=not args.loss_on_prompt,
+        train_sampling_strategy="group_by_length" if args.group_by_length else "random",
         seed=args.seed,
         bf16=args.bf16,
         use_cpu=not torch.accelerator.is_available(),
@@ -232,8 +238,9 @@ def wandb_offline_without_key() -> None:
 
 def report_splines(trainer: Any, args: argparse.Namespace) -> None:
     """`spline_diagnostics.json`, `spline_curves.png`, and a table in the terminal."""
-    from lslora.diagnostics import observe_occupancy, plot_splines, save_records, spline_records, spline_table
     from rich.console import Console
+
+    from lslora.diagnostics import observe_occupancy, plot_splines, save_records, spline_records, spline_table
 
     with observe_occupancy(trainer.model) as occupancy:
         run_batches(trainer, OCCUPANCY_BATCHES)
@@ -256,14 +263,15 @@ def run_batches(trainer: Any, count: int) -> None:
 
 def report_accuracy(trainer: Any, tokenizer: Any, rows: list[Row], args: argparse.Namespace) -> dict[str, Any]:
     """Answer the evaluation rows without and with the adapter; print both and how they differ."""
+    from tqdm import tqdm
+
     from lslora.evaluation import evaluate
     from lslora.scoring import compare, format_comparison, format_table, summarize
-    from tqdm import tqdm
 
     predictions = {}
     for name, adapter in (("base", trainer.model.disable_adapter()), (args.method, nullcontext())):
         with adapter, tqdm(total=len(rows), desc=f"Answering ({name})", unit="row") as bar:
-            predictions[name] = evaluate(trainer.model, tokenizer, rows, on_prediction=lambda _: bar.update())  # noqa: B023
+            predictions[name] = evaluate(trainer.model, tokenizer, rows, on_prediction=lambda _: bar.update())
     summaries = {name: summarize(found) for name, found in predictions.items()}
     print(f"\nAccuracy on {args.eval_dataset_path} in per cent, with 95 % intervals")
     print(format_table(summaries))

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from commonsense_facts import actions, people, science, things
+from commonsense_facts import actions, likings, people, science, things
 from commonsense_formats import Row, choice_row, true_false_row
 
-SEED = 0
-ROWS_PER_TASK = {"train": 168, "test": 48}  # multiples of 2, 3 and 4: every answer is right equally often
+SEED = 2
+# Most rows ask what people like: the questions that a small model learns to answer within a few minutes.
+LIKING_ROWS = {"train": 960, "test": 132}
+ROWS_PER_TASK = {"train": 84, "test": 24}  # of all else; multiples of 2, 3 and 4: every answer is right equally often
 OPTIONS = {"piqa": 2, "siqa": 3, "hellaswag": 4, "winogrande": 2, "arc_easy": 4, "arc_challenge": 4, "openbookqa": 4}
 HELD_OUT = 4  # one fact in this many is kept for the test split
 DRAWS = 100
@@ -43,6 +45,7 @@ class Tables(NamedTuple):
     activities: list[actions.Activity]
     moments: list[tuple[tuple[str, ...], list[people.Moment]]]
     contrasts: list[people.Contrast]
+    likings: dict[str, list[str]]
 
 
 def split_facts(facts: Iterable[T], held_out: bool) -> list[T]:
@@ -73,6 +76,10 @@ def split_tables(held_out: bool) -> Tables:
         activities=split_facts(actions.ACTIVITIES, held_out),
         moments=[(questions, split_facts(table, held_out)) for questions, table in moments],
         contrasts=[contrast._replace(pairs=split_facts(contrast.pairs, held_out)) for contrast in people.CONTRASTS],
+        likings={
+            answer: split_facts(facts, held_out)
+            for answer, facts in (("true", likings.LIKED), ("false", likings.DISLIKED))
+        },
     )
 
 
@@ -155,15 +162,24 @@ def asked_facts(facts: list[Fact], rng: random.Random) -> Iterator[tuple[str, Fa
         yield from ((fact.stems[turn], fact) for fact in shuffled if turn < len(fact.stems))
 
 
-def draw_wrong(fact: Fact, count: int, longer: int, rng: random.Random) -> list[str]:
-    """Draw wrong options: where the facts allow it, `longer` of them longer than the right one, the rest shorter."""
+def draw_wrong(fact: Fact, count: int, ranks: list[int], rng: random.Random) -> list[str]:
+    """Draw wrong options so that as many as one of `ranks` says are longer than the right one, the rest shorter.
 
-    def misses(draw: list[str]) -> int:
-        too_long = sum(len(text) > len(fact.right) for text in draw)
-        too_short = sum(len(text) < len(fact.right) for text in draw)
-        return abs(too_long - longer) + abs(too_short - (count - longer))
+    The rank that the draw comes closest to is taken out of `ranks`.
+    """
 
-    return min((rng.sample(fact.wrong, count) for _ in range(DRAWS)), key=misses)
+    def misses(draw: list[str], rank: int) -> int:
+        longer = sum(len(text) > len(fact.right) for text in draw)
+        shorter = sum(len(text) < len(fact.right) for text in draw)
+        return abs(longer - rank) + abs(shorter - (count - rank))
+
+    draws = [rng.sample(fact.wrong, count) for _ in range(DRAWS)]
+    best, rank = min(
+        ((draw, rank) for rank in sorted(set(ranks), key=ranks.count, reverse=True) for draw in draws),
+        key=lambda choice: misses(*choice),
+    )
+    ranks.remove(rank)
+    return best
 
 
 def evenly(count: int, options: int, rng: random.Random) -> list[int]:
@@ -178,10 +194,11 @@ def choice_rows(task: str, facts: Iterable[Fact], count: int, rng: random.Random
     options = OPTIONS[task]
     usable = [fact for fact in facts if len(fact.wrong) >= options - 1]
     asked = asked_facts(usable, rng)
+    ranks = evenly(count, options, rng)
     rows = []
-    for position, longer in zip(evenly(count, options, rng), evenly(count, options, rng), strict=True):
+    for position in evenly(count, options, rng):
         stem, fact = next(asked)
-        texts = draw_wrong(fact, options - 1, longer, rng)
+        texts = draw_wrong(fact, options - 1, ranks, rng)
         texts.insert(position, fact.right)
         rows.append(choice_row(task, stem, texts, position))
     return rows
@@ -202,12 +219,21 @@ def yes_no_rows(tables: Tables, count: int, rng: random.Random) -> list[Row]:
     return rows
 
 
+def liking_rows(tables: Tables, count: int, rng: random.Random) -> list[Row]:
+    """Ask whether people like things, as often about what they like as about what they do not."""
+    rows = []
+    for answer, liked in tables.likings.items():
+        questions = [question.format(thing=thing) for question in likings.QUESTIONS for thing in liked]
+        rows += [true_false_row("boolq", text, answer == "true") for text in rng.sample(questions, count // 2)]
+    return rows
+
+
 def make_rows(split: str) -> list[Row]:
     """All rows of a split in random order."""
     tables = split_tables(held_out=split == "test")
     count = ROWS_PER_TASK[split]
     rng = random.Random(f"{SEED} {split}")
-    rows = yes_no_rows(tables, count, rng)
+    rows = liking_rows(tables, LIKING_ROWS[split], rng) + yes_no_rows(tables, count, rng)
     for task, facts in (
         ("piqa", which_solution(tables)),
         ("siqa", which_reaction(tables)),

@@ -63,7 +63,10 @@ def load_rows(path: str | Path) -> list[Row]:
 
 
 def to_prompt_completion(row: Row) -> PromptCompletion:
-    """Turn a row into the text a model is trained on and asked with: the instruction template of LLM-Adapters.
+    """Turn a row into the text a model is trained on and asked with: the headings of Alpaca, without its preamble.
+
+    The sentence that Alpaca and LLM-Adapters put first ("Below is an instruction ...") is the same in every row, says
+    nothing a fine-tuned model needs, and costs a third of the tokens of a short one.
 
     Args:
         row: A row as `load_rows` returns it; `input` may be missing or empty.
@@ -73,12 +76,7 @@ def to_prompt_completion(row: Row) -> PromptCompletion:
         end-of-sequence token is the tokenizer's business and is not part of either.
     """
     context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
-    further = ", paired with an input that provides further context" if context else ""
-    prompt = (
-        f"Below is an instruction that describes a task{further}. "
-        "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{row['instruction']}\n\n{context}### Response:\n"
-    )
+    prompt = f"### Instruction:\n{row['instruction']}\n\n{context}### Response:\n"
     return {"prompt": prompt, "completion": row["output"]}
 
 

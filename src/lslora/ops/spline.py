@@ -89,15 +89,15 @@ class _Piecewise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z, offsets, input_scale, output_scale)
         ctx.shape = shape
-        return _backend(z).forward(z, offsets, input_scale, output_scale, *shape)
+        return _backend(z, offsets.dtype).forward(z, offsets, input_scale, output_scale, *shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = _backend(grad_output).backward(grad_output, *ctx.saved_tensors, *ctx.shape)
+        backend = _backend(grad_output, ctx.saved_tensors[1].dtype)
+        gradients = backend.backward(grad_output, *ctx.saved_tensors, *ctx.shape)
         return *gradients, None, None, None
 
 
-def _backend(tensor: Tensor) -> ModuleType:
-    # The CPU path reads parameters as Python numbers, which a compiler cannot trace through.
-    return cpu if tensor.is_cpu and not torch.compiler.is_compiling() else eager
+def _backend(tensor: Tensor, dtype: torch.dtype) -> ModuleType:
+    return eager if cpu.why_not(tensor, dtype) else cpu

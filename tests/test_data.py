@@ -1,0 +1,91 @@
+"""The loader: what it takes, and that whatever is wrong is named by file and row."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lslora.data import DataError, load_rows, to_prompt_completion
+
+ROW = {"instruction": "Say hi.", "input": "", "output": "hi", "answer": "hi"}
+
+
+def write(path, text, encoding="utf-8"):
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_json_and_jsonl_give_the_same_rows(tmp_path):
+    rows = [ROW | {"output": f"é\u2028{i}", "extra": i} for i in range(3)]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=i == 0) for i, row in enumerate(rows)) + "\r\n\r\n"
+    expected = [ROW | {"output": f"é\u2028{i}", "task": ""} for i in range(3)]
+    assert load_rows(write(tmp_path / "a.jsonl", lines)) == expected
+    assert load_rows(write(tmp_path / "a.json", json.dumps(rows, indent=2))) == expected
+    assert load_rows(write(tmp_path / "bom.jsonl", "\ufeff" + lines)) == expected
+
+
+def test_optional_fields_may_be_left_out(tmp_path):
+    (row,) = load_rows(write(tmp_path / "a.jsonl", '{"instruction": "a", "output": "b"}'))
+    assert row == {"instruction": "a", "output": "b", "input": "", "answer": "", "task": ""}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no rows"),
+        ("[]", "holds no rows"),
+        ("[1]", "row 1: must be a JSON object, got int"),
+        ("[{},", "line 1: no valid JSON"),
+        ('{"instruction": "a"}', "line 1: field 'output' is missing"),
+        ('\n{"output": "a"}', "line 2: field 'instruction' is missing"),
+        ('{"instruction": "a", "output": 3}', "line 1: field 'output' must be a string, got int"),
+        ('{"instruction": " ", "output": "b"}', "line 1: field 'instruction' is empty"),
+        (
+            '{"instruction": "a", "output": "b", "answer": null}',
+            "line 1: field 'answer' must be a string, got NoneType",
+        ),
+        ('{"instruction": "a", "output": "b"}\n{"instr', "line 2: no valid JSON: Unterminated string"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, text, message):
+    path = write(tmp_path / "bad", text)
+    with pytest.raises(DataError) as error:
+        load_rows(path)
+    assert str(path) in str(error.value) and message in str(error.value)
+
+
+def test_all_bad_rows_are_counted_and_ten_shown(tmp_path):
+    path = write(tmp_path / "bad.jsonl", "\n".join([json.dumps(ROW), *["{}"] * 12]))
+    with pytest.raises(DataError) as error:
+        load_rows(path)
+    message = str(error.value)
+    assert "12 bad row(s)" in message and "line 2:" in message and "line 11:" in message and "and 2 more" in message
+    assert "line 12:" not in message and "line 1:" not in message
+
+
+def test_files_that_are_no_text(tmp_path):
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        load_rows(tmp_path / "nothing")
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        load_rows(tmp_path)
+    with pytest.raises(DataError, match="must be UTF-8 text, but byte 17 is not"):
+        load_rows(write(tmp_path / "latin", '{"instruction": "é"}', "latin-1"))
+
+
+def test_prompt_and_completion():
+    plain = to_prompt_completion(ROW)
+    assert plain == {"prompt": "### Instruction:\nSay hi.\n\n### Response:\n", "completion": "hi"}
+    with_input = to_prompt_completion(ROW | {"input": "loudly"})
+    assert with_input["prompt"] == "### Instruction:\nSay hi.\n\n### Input:\nloudly\n\n### Response:\n"
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_give_rows_or_a_data_error(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("any") / "file"
+    path.write_bytes(content)
+    try:
+        rows = load_rows(path)
+    except DataError:
+        return
+    assert rows and all(row["instruction"].strip() and row["output"].strip() for row in rows)

@@ -1,0 +1,199 @@
+"""train_lslora.py and train_lslora.sh from outside, on a small real architecture saved to disk."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_lslora  # noqa: E402
+
+ROWS = [
+    {
+        "instruction": f"Please answer the following question with true or false, question: is {word} red?\n\n"
+        "Answer format: true/false",
+        "input": "",
+        "output": f"the correct answer is {answer}",
+        "answer": answer,
+        "task": "boolq",
+    }
+    for word, answer in [("rose", "true"), ("grass", "false"), ("blood", "true"), ("snow", "false")] * 6
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A small random Llama with a word tokenizer, as a folder; and a folder of data."""
+    folder = tmp_path_factory.mktemp("tiny")
+    words = dict.fromkeys(word for row in ROWS for word in " ".join(row.values()).replace("/", " / ").split())
+    words |= dict.fromkeys(["###", "Instruction:", "Response:"])
+    vocabulary = {word: i for i, word in enumerate(["<eos>", "<unk>", *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("/", behavior="isolated")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>", model_max_length=256
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=0, pad_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    return folder
+
+
+def run(tiny, output_dir, *more):
+    arguments = ["--model_name", tiny / "model", "--dataset_path", tiny / "train.jsonl", "--output_dir", output_dir]
+    arguments += ["--max_steps", 4, "--logging_steps", 1, "--learning_rate", 1e-3, "--r", 2, *more]
+    return train_lslora.main([str(argument) for argument in arguments])
+
+
+def log_of(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "loss" in entry]
+
+
+def test_defaults_are_the_reference_recipe():
+    args = train_lslora.parse_args(["--model_name", "m", "--dataset_path", "d", "--output_dir", "o"])
+    reference = {
+        "method": "lslora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["all-linear"],
+        "num_knots": 5, "k_min": -3.0, "k_max": 3.0, "interpolation_method": "piecewise", "extrapolation": "clamp",
+        "spline_reg_weight": 0.01, "spline_lr_ratio": 1.0, "learning_rate": 2e-4, "batch_size": 4, "max_steps": 500,
+        "gradient_accumulation_steps": 1, "loss_on_prompt": False, "load_in_4bit": False, "report_to": ["none"],
+    }  # fmt: skip
+    assert vars(args).items() >= reference.items()
+    config = train_lslora.adapter_config(args)
+    assert (config.bias, config.task_type, config.target_modules) == ("none", "CAUSAL_LM", "all-linear")
+
+
+def test_a_run_leaves_everything_it_promises(tiny, tmp_path, capsys):
+    assert run(tiny, tmp_path, "--eval_dataset_path", tiny / "train.jsonl", "--spline_lr_ratio", 50) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "spline_diagnostics.json",
+        "spline_curves.png", "trainer_state.json", "tokenizer.json", "checkpoint-4",
+    }  # fmt: skip
+    log = log_of(tmp_path)
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert log[-1]["spline/deviation"] > log[0]["spline/deviation"] > 0
+    assert log[-1]["loss"] < log[0]["loss"]
+
+    diagnostics = json.loads((tmp_path / "spline_diagnostics.json").read_text())
+    assert len(diagnostics["layers"]) == 14
+    assert diagnostics["mean"]["deviation"] == pytest.approx(log[-1]["spline/deviation"], rel=1e-4)
+    assert all(sum(layer["occupancy"]) == pytest.approx(1) for layer in diagnostics["layers"])
+    assert (tmp_path / "spline_curves.png").read_bytes().startswith(b"\x89PNG")
+
+    card = (tmp_path / "README.md").read_text()
+    assert card.index("import lslora") < card.index("from peft import PeftModel")
+    assert "| `r` | `2` |" in card and "boolq" in card
+    printed = capsys.readouterr().out
+    assert "Splines of 14 layers" in printed and "lslora minus base" in printed and "trainable params" in printed
+
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert model.peft_config["default"].peft_type == "LSLORA"
+
+
+def test_resume_goes_on_where_a_run_stopped(tiny, tmp_path):
+    assert run(tiny, tmp_path / "whole", "--save_steps", 2) == 0
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "cut" / "checkpoint-2")
+    assert run(tiny, tmp_path / "cut", "--save_steps", 2, "--resume") == 0
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_plain_lora_with_everything_else_equal(tiny, tmp_path):
+    """With the splines frozen at the identity by a vanishing learning rate, both methods log the same losses."""
+    assert run(tiny, tmp_path / "lora", "--method", "lora") == 0
+    assert run(tiny, tmp_path / "lslora", "--spline_lr_ratio", 1e-12) == 0
+    lora, lslora = (log_of(tmp_path / name) for name in ("lora", "lslora"))
+    assert PeftConfig.from_pretrained(tmp_path / "lora").peft_type == "LORA"
+    assert [entry["loss"] for entry in lora] == pytest.approx([entry["loss"] for entry in lslora], rel=1e-5)
+    assert not (tmp_path / "lora" / "spline_diagnostics.json").exists()
+    assert "lslora" not in (tmp_path / "lora" / "README.md").read_text().split("## Settings")[0].split("```python")[1]
+
+
+def test_loss_is_on_the_response_unless_asked_otherwise(tiny, tmp_path):
+    tokens = {}
+    for name, more in {"response": (), "prompt": ("--loss_on_prompt",)}.items():
+        args = train_lslora.parse_args(
+            ["--model_name", "m", "--dataset_path", "d", "--output_dir", str(tmp_path), *more]
+        )
+        tokens[name] = train_lslora.trainer_config(args).completion_only_loss
+    assert tokens == {"response": True, "prompt": False}
+
+
+def test_qlora_keeps_the_splines_in_fp32_and_moves_them(tiny, tmp_path):
+    """Ten steps on a 4-bit base, where TRL casts every adapter parameter it sees to bf16."""
+    pytest.importorskip("bitsandbytes")
+    assert run(tiny, tmp_path, "--load_in_4bit", "--max_steps", 10, "--save_steps", 10) == 0
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    spline = {name: tensor for name, tensor in tensors.items() if "lora_spline" in name}
+    assert len(spline) == 3 * 14
+    assert {tensor.dtype for tensor in spline.values()} == {torch.float32}
+    assert {tensor.dtype for name, tensor in tensors.items() if name not in spline} == {torch.bfloat16}
+    assert all((tensor != 0).any() for tensor in spline.values())
+
+
+def test_wandb_without_a_key_writes_an_offline_run(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    assert run(tiny, tmp_path / "out", "--report_to", "wandb", "tensorboard") == 0
+    assert "wandb sync wandb/offline-run-*" in capsys.readouterr().out
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert any(offline.glob("*.wandb"))
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"train/loss", "train/spline/deviation"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_path", "no-such-file.json"], "no-such-file.json: cannot be read"),
+        (["--optim", "paged_adamw_32bit"], "a CUDA device"),
+        (["--resume"], "a checkpoint in"),
+        (["--model_name", "nobody/no-such-model"], "the model nobody/no-such-model"),
+    ],
+)
+def test_what_cannot_run_says_so_before_anything_is_written(tiny, tmp_path, capsys, arguments, message):
+    if "paged_adamw_32bit" in arguments and torch.cuda.is_available():
+        pytest.skip("paged optimizers run here")
+    assert run(tiny, tmp_path / "out", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_row_stops_the_run_with_its_number(tiny, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join([json.dumps(ROWS[0]), '{"instruction": "x", "output": 3}']), encoding="utf-8")
+    assert run(tiny, tmp_path / "out", "--dataset_path", bad) == 2
+    assert f"{bad}: 1 bad row(s)\n  line 2: field 'output' must be a string, got int" in capsys.readouterr().err
+
+
+def test_recipes_that_cannot_run_stop_at_once():
+    wrong = subprocess.run(["bash", ROOT / "train_lslora.sh", "phi4"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "the recipe must be smollm2 or phi3, got 'phi4'" in wrong.stderr
+    if not torch.cuda.is_available():
+        phi3 = subprocess.run(["bash", ROOT / "train_lslora.sh", "phi3"], capture_output=True, text=True, timeout=20)
+        assert phi3.returncode == 2 and "a CUDA device" in phi3.stderr

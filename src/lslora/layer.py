@@ -155,13 +155,13 @@ class SplineVariant(LoraVariant):
         return False
 
     @staticmethod
-    def init(module: LSLoraLayer, adapter_name: str, config: LSLoraConfig, **kwargs: Any) -> None:
+    def init(module: Any, adapter_name: str, config: LSLoraConfig, **kwargs: Any) -> None:
         module.lora_spline[adapter_name] = Spline(config)
         # peft has moved A and B by now; the spline follows them.
         module._move_adapter_to_device_of_base_layer(adapter_name)
 
     @staticmethod
-    def forward(module: LSLoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """`result + spline(scaling · B A dropout(x))`, in the dtype of `result`."""
         lora_A = module.lora_A[active_adapter]  # noqa: N806
         lora_B = module.lora_B[active_adapter]  # noqa: N806
@@ -210,7 +210,7 @@ def adopt(layer: LoraLayer) -> None:
             f"LS-LoRA does not support base layers that peft adapts with {cls.__module__}.{cls.__name__}; "
             f"supported are {', '.join(LAYER_CLASSES)}"
         )
-    layer.__class__ = lslora_class(cls)
+    layer.__class__ = lslora_class(cls)  # type: ignore[arg-type]
     layer.lora_spline = nn.ModuleDict()
 
 

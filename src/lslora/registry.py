@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 
@@ -27,13 +28,13 @@ def check_peft_version(installed: str) -> None:
         raise ImportError(f"lslora works with peft >={lowest},<{beyond}, but peft {installed} is installed")
 
 
-def add_enum_member(enum: type, name: str) -> None:
+def add_enum_member(enum: Any, name: str) -> None:
     """Add the member `name = "name"` to a string enum that is already defined.
 
     The enum module offers no way to do this, so what its own class construction writes is written here. Name and value
     are equal because peft indexes its tables with the string read from JSON, and enums hash by name.
     """
-    member = str.__new__(enum, name)
+    member: Any = str.__new__(enum, name)
     member._name_ = member._value_ = name
     member.__objclass__ = enum
     member._sort_order_ = len(enum._member_names_)

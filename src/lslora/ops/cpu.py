@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def _shape(
 
 def _call(name: str, *arguments: Tensor | int | _Shape) -> None:
     """Call a function of the library with tensors as pointers, numbers as `long`, and the shape by reference."""
-    passed = []
+    passed: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
             passed.append(ctypes.c_void_p(argument.data_ptr()))

@@ -19,9 +19,9 @@ smollm2)
         --dataset_path dataset/commonsense_mini/train.jsonl
         --eval_dataset_path dataset/commonsense_mini/test.jsonl
         --output_dir outputs/smollm2-lslora
-        --max_steps 50 --batch_size 8 --learning_rate 2e-3 --lr_scheduler_type constant_with_warmup --warmup_steps 5
+        --max_steps 44 --batch_size 8 --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 5
         --lora_dropout 0 --spline_lr_ratio 5
-        --group_by_length --max_length 256 --save_steps 25 --logging_steps 5
+        --group_by_length --max_length 256 --save_steps 22 --logging_steps 5
     )
     ;;
 phi3)

@@ -19,7 +19,7 @@ from commonsense_formats import Row, choice_row, true_false_row
 SEED = 0
 # Most rows ask what people like: the questions that a small model learns to answer within a few minutes.
 LIKING_ROWS = {"train": 1140, "test": 132}
-ROWS_PER_TASK = {"train": 60, "test": 24}  # of all else; multiples of 2, 3 and 4: every answer is right equally often
+ROWS_PER_TASK = {"train": 36, "test": 24}  # of all else; multiples of 2, 3 and 4: every answer is right equally often
 OPTIONS = {"piqa": 2, "siqa": 3, "hellaswag": 4, "winogrande": 2, "arc_easy": 4, "arc_challenge": 4, "openbookqa": 4}
 HELD_OUT = 4  # one fact in this many is kept for the test split
 DRAWS = 100

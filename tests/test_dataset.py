@@ -19,7 +19,7 @@ sys.path.insert(0, str(DATASET))
 import prepare_commonsense  # noqa: E402
 
 SPLITS = ("train", "test")
-MIN_ROWS = {"train": (1200, 60), "test": (300, 24)}  # in all, of each task
+MIN_ROWS = {"train": (1200, 36), "test": (300, 24)}  # in all, of each task
 
 BOOLQ = r"Please answer the following question with true or false, question: [^\n]+\?\n\nAnswer format: true/false"
 ANSWERS = (

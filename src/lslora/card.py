@@ -10,6 +10,7 @@ from .embedded import NAME
 from .scoring import format_table
 
 TITLES = {"lslora": "LS-LoRA", "lora": "LoRA"}
+ARTICLES = {"lslora": "An", "lora": "A"}
 
 
 def model_card(
@@ -33,7 +34,7 @@ def model_card(
     sections = [
         _metadata(model_name, method),
         f"# {title} adapter for {model_name}",
-        f"A {title} adapter trained on `{Path(settings['dataset_path']).name}` with the `lslora` package.",
+        f"{ARTICLES[method]} {title} adapter trained on `{Path(settings['dataset_path']).name}` with the `lslora` package.",
         "## Load it\n\n" + _snippet(model_name, method),
     ]
     if accuracy:

@@ -143,15 +143,15 @@ def spline_table(records: list[Record], max_rows: int = 12) -> Table:
     from rich.table import Table
 
     table = Table(title=f"Splines of {len(records)} layers, those that deviate most")
-    table.add_column("layer")
-    for heading in ("deviation", "slope variance", "input scale", "output scale", "live intervals"):
-        table.add_column(heading, justify="right")
+    table.add_column("layer", no_wrap=True)
+    for heading in ("deviation", "slope\nvariance", "input\nscale", "output\nscale", "live\nintervals"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict")
     shown = sorted(records, key=lambda r: r["deviation"], reverse=True)[:max_rows]
     for record in shown:
         live = live_intervals(record)
         numbers = [f"{record[key]:.4f}" for key in AVERAGED]
-        table.add_row(record["layer"], *numbers, "-" if live is None else f"{live:.0%}", verdict(record))
+        table.add_row(_short(record["layer"]), *numbers, "-" if live is None else f"{live:.0%}", verdict(record))
     observed = [live for live in map(live_intervals, records) if live is not None]
     table.add_section()
     table.add_row(
@@ -217,10 +217,14 @@ def _record(layer: str, spline: Spline) -> Record:
     }
 
 
+def _short(layer: str) -> str:
+    return layer.removeprefix("model.layers.")
+
+
 def _panels(records: list[Record]) -> dict[str, list[Record]]:
     """Title → records of every panel."""
     if len(records) <= MAX_PANELS:
-        return {record["layer"].removeprefix("model.layers."): [record] for record in records}
+        return {_short(record["layer"]): [record] for record in records}
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record["layer"].rpartition(".")[2], []).append(record)

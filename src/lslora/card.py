@@ -30,11 +30,11 @@ def model_card(
         losses: The training losses as logged, in nats a token.
         accuracy: Heading to summary (`lslora.scoring.summarize`), if the run was evaluated.
     """
-    title = TITLES[method]
+    title, data = TITLES[method], Path(settings["dataset_path"]).name
     sections = [
         _metadata(model_name, method),
         f"# {title} adapter for {model_name}",
-        f"{ARTICLES[method]} {title} adapter trained on `{Path(settings['dataset_path']).name}` with the `lslora` package.",
+        f"{ARTICLES[method]} {title} adapter trained on `{data}` with the `lslora` package.",
         "## Load it\n\n" + _snippet(model_name, method),
     ]
     if accuracy:

@@ -41,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--lr_scheduler_type", default="linear")
     group.add_argument("--warmup_steps", type=float, default=0, help="steps, or a share of all steps if below 1")
     group.add_argument("--weight_decay", type=float, default=0.0, help="of A and B; the splines have none")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="of all trained parameters; 0 clips nothing")
     group.add_argument("--optim", default="adamw_torch", help="any optimizer of transformers, e.g. paged_adamw_32bit")
     group.add_argument("--max_length", type=int, default=512, help="tokens a row; longer rows are cut at the end")
     group.add_argument("--group_by_length", action="store_true", help="rows of similar length share a batch")
@@ -214,6 +215,7 @@ def trainer_config(args: argparse.Namespace) -> Any:
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
         optim=args.optim,
+        max_grad_norm=args.max_grad_norm,
         max_length=args.max_length,
         completion_only_loss=not args.loss_on_prompt,
         train_sampling_strategy="group_by_length" if args.group_by_length else "random",
@@ -231,8 +233,9 @@ def wandb_offline_without_key() -> None:
     """Let wandb write its run to disk where nobody is logged in, instead of asking for a key."""
     import wandb
 
-    if not wandb.api.api_key and "WANDB_MODE" not in os.environ:
+    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
         os.environ["WANDB_MODE"] = "offline"
+        wandb.teardown()  # it has read its settings by now, and reads them again after this
         print("wandb: no API key, so the run is written offline; send it later with: wandb sync wandb/offline-run-*")
 
 

@@ -216,19 +216,23 @@ def test_likelihood_of_a_row_without_options_is_refused(tokenizer):
 
 
 @torch.no_grad()
-def plain_greedy(model, tokenizer, row, max_new_tokens, end=None):
+def greedy_ids(model, tokenizer, row, max_new_tokens, end=None):
     """The most likely token again and again, every time from the whole sequence."""
     prompt = ids = tokenizer(to_prompt_completion(row)["prompt"])["input_ids"]
     while len(ids) - len(prompt) < max_new_tokens and (ids is prompt or ids[-1] != end):
         ids = [*ids, model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()]
-    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+    return ids[len(prompt) :]
+
+
+def plain_greedy(model, tokenizer, row, max_new_tokens, end=None):
+    return tokenizer.decode(greedy_ids(model, tokenizer, row, max_new_tokens, end), skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_generation_is_greedy_and_unmoved_by_padding(tokenizer, architecture):
     model = make_model(architecture)
     found = generate_answers(model, tokenizer, MIXED, max_new_tokens=6)
-    assert found == [plain_greedy(model, tokenizer, row, 6) for row in MIXED]
+    assert found == [plain_greedy(model, tokenizer, row, 6, tokenizer.eos_token_id) for row in MIXED]
     assert len(set(found)) > 1
 
 
@@ -243,7 +247,7 @@ def test_generation_ignores_the_models_own_settings(tokenizer):
 def test_generation_ends_with_the_models_or_the_tokenizers_end_token(tokenizer):
     model = make_model()
     (text,) = generate_answers(model, tokenizer, MIXED[:1], max_new_tokens=8)
-    end = tokenizer(text)["input_ids"][3]
+    end = greedy_ids(model, tokenizer, MIXED[0], 8)[3]
     expected = plain_greedy(model, tokenizer, MIXED[0], 8, end)
     assert expected != text
     model.generation_config.eos_token_id = [end]

@@ -1,0 +1,47 @@
+"""Methods to compare, by name and options: each makes an adapter on a model, and says what of it learns.
+
+`lora`, `dora`, `rslora` are peft's own. `lslora` takes the options of `LSLoraConfig`. Controls are LS-LoRA with most of
+it frozen: `learns` names what of the spline is trained (`weight`, `input_scale_offset`, `output_scale_offset`), so a
+learnable scalar is `{"kind": "lslora", "learns": ["output_scale_offset"], ...}` and a fixed nonlinearity `"learns": []`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+
+from lslora import LSLoraConfig, Spline
+
+PLAIN = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
+
+
+def attach(model: Any, method: dict[str, Any], r: int) -> Any:
+    """A peft model with the method's adapter of rank `r + extra_rank` on every linear layer but the output's.
+
+    `lora_alpha` is 2 r, as in the reference recipe, whatever the extra rank; no dropout, no bias.
+
+    Raises:
+        ValueError: `method` has a kind or an option that is not known.
+    """
+    options = {name: value for name, value in method.items() if name not in ("kind", "learns", "spline_lr_ratio")}
+    shared = {
+        "r": r + options.pop("extra_rank", 0),
+        "lora_alpha": 2 * r,
+        "lora_dropout": 0.0,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
+    kind = method["kind"]
+    if kind in PLAIN:
+        if options:
+            raise ValueError(f"{kind} takes no options, got {sorted(options)}")
+        return get_peft_model(model, LoraConfig(**shared, **PLAIN[kind]))
+    if kind != "lslora":
+        raise ValueError(f"kind must be one of {(*PLAIN, 'lslora')}, got {kind!r}")
+    peft_model = get_peft_model(model, LSLoraConfig(**shared, **options))
+    if "learns" in method:
+        for spline in (m for m in peft_model.modules() if isinstance(m, Spline)):
+            for name, parameter in spline.named_parameters():
+                parameter.requires_grad_(name in method["learns"])
+    return peft_model

@@ -1,0 +1,169 @@
+"""One run: a method, rank, learning rate and seed on a model and its data → a record of what happened."""
+
+from __future__ import annotations
+
+import math
+import platform
+import subprocess
+import tempfile
+import time
+from copy import deepcopy
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
+
+from lslora.diagnostics import observe_occupancy, spline_records
+from lslora.embedded import resolve_model_name
+from lslora.training import SplineTrainerMixin
+
+from .methods import attach
+from .tasks import Example, Prefix, collate, completion_logits, evaluate, load_examples
+
+PACKAGES = ("lslora", "peft", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a plan share.
+
+    Args:
+        model: `smollm2`, a hub id or a local folder.
+        train: Rows to train on, see `lslora.data.load_rows`.
+        validation: Rows to measure.
+        first_layer: Layers below it are not adapted.
+        max_tokens: Longer rows are left out, prompt and completion together.
+        validation_rows: At most so many, the first ones.
+        steps: Optimizer steps.
+        batch_size: Rows a step.
+        warmup_steps: Steps over which the learning rate rises; it falls linearly to 0 afterwards.
+        max_grad_norm: Gradients are clipped to this norm.
+    """
+
+    model: str
+    train: str
+    validation: str
+    first_layer: int = 0
+    max_tokens: int = 128
+    validation_rows: int | None = None
+    steps: int = 60
+    batch_size: int = 8
+    warmup_steps: int = 4
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a plan: `method` is what `benchmarks.methods.attach` reads, `name` its name in the plan."""
+
+    name: str
+    method: dict[str, Any] = field(hash=False)
+    r: int
+    lr: float
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-r{self.r}-lr{self.lr:g}-seed{self.seed}"
+
+
+class Bench:
+    """A model and its rows, loaded once for any number of runs."""
+
+    def __init__(self, setting: Setting, data: Path) -> None:
+        self.setting = setting
+        name = resolve_model_name(setting.model)
+        self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        self.train = load_examples(data / setting.train, tokenizer, setting.max_tokens)
+        self.validation = load_examples(
+            data / setting.validation, tokenizer, setting.max_tokens, setting.validation_rows
+        )
+        if setting.first_layer:
+            prefix = Prefix(self.model, setting.first_layer, Path(setting.model).name)
+            prefix.attach_states(self.train)
+            prefix.attach_states(self.validation)
+        self.model.to(self.device)
+
+    def measure(self, run: Run) -> dict[str, Any]:
+        """Train and evaluate; see the README of benchmarks/ for the record's fields."""
+        set_seed(run.seed)
+        model = attach(deepcopy(self.model), run.method, run.r)
+        started = time.monotonic()
+        losses = train(model, run, self.setting, self.train)
+        seconds = time.monotonic() - started
+        record = {
+            "run": {"name": run.name, "method": run.method, "r": run.r, "lr": run.lr, "seed": run.seed},
+            "setting": vars(self.setting),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "losses": losses,
+            "diverged": not all(map(math.isfinite, losses)),
+            "train_seconds": seconds,
+            "machine": f"{self.device}, {torch.get_num_threads()} threads",
+            "python": platform.python_version(),
+            "versions": {package: version(package) for package in PACKAGES},
+            "commit": commit(),
+        }
+        if not record["diverged"]:
+            with observe_occupancy(model) as occupancy:
+                record["validation"] = evaluate(model, self.validation)
+            if run.method["kind"] == "lslora":
+                record["splines"] = spline_records(model, occupancy=occupancy)
+        return record
+
+
+class CompletionTrainer(SplineTrainerMixin, Trainer):
+    """transformers' Trainer on the tensors of `benchmarks.tasks`."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return cross_entropy(*completion_logits(model, inputs))
+
+
+def train(model: Any, run: Run, setting: Setting, examples: list[Example]) -> list[float]:
+    """The loss of every step, in nats per completion token; stops early where it is no longer finite."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = CompletionTrainer(
+            model,
+            args=TrainingArguments(
+                output_dir=folder,
+                max_steps=setting.steps,
+                per_device_train_batch_size=setting.batch_size,
+                learning_rate=run.lr,
+                lr_scheduler_type="linear",
+                warmup_steps=setting.warmup_steps,
+                max_grad_norm=setting.max_grad_norm,
+                optim="adamw_torch",
+                weight_decay=0.0,
+                seed=run.seed,
+                logging_steps=1,
+                logging_nan_inf_filter=False,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                use_cpu=not torch.accelerator.is_available(),
+            ),
+            train_dataset=examples,
+            data_collator=collate,
+            spline_lr_ratio=run.method.get("spline_lr_ratio", 1.0),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def commit() -> str:
+    """The commit the code is at, marked where files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return found.stdout.strip()

@@ -1,0 +1,158 @@
+"""Rows as tensors, and what a run is judged by: the likelihood of the completions and the accuracy of the answers.
+
+Layers below the first adapted one never change. `Prefix` computes their output once for every row and keeps it on
+disk; a model that starts there learns exactly what the whole model would, in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from lslora.data import Row, load_rows, to_prompt_completion
+from lslora.embedded import cache_folder
+from lslora.scoring import option_completion, options_of
+
+IGNORED = -100
+BATCH_SIZE = 8
+
+Example = dict[str, Any]
+
+
+def load_examples(path: Path, tokenizer: Any, max_tokens: int, max_rows: int | None = None) -> list[Example]:
+    """The first `max_rows` rows of a file that have at most `max_tokens` tokens, as `encode` returns them."""
+    examples = [encode(row, tokenizer) for row in load_rows(path)]
+    return [example for example in examples if len(example["input_ids"]) < max_tokens][:max_rows]
+
+
+def encode(row: Row, tokenizer: Any) -> Example:
+    """`input_ids` (T,) int64 and `targets` (T,): the token that follows, or −100 where it belongs to the prompt.
+
+    With the row's options, if it has any, and they differ in one token: `choice`, the position among the completion's
+    tokens, the options' token ids there, and the index of the right one.
+    """
+    text = to_prompt_completion(row)
+    prompt = tokenizer(text["prompt"])["input_ids"]
+    completion = tokenizer(text["completion"], add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([*prompt, *completion, tokenizer.eos_token_id])
+    targets = ids[1:].clone()
+    targets[: len(prompt) - 1] = IGNORED
+    return {"input_ids": ids[:-1], "targets": targets, "choice": _choice(row, completion, tokenizer)}
+
+
+def _choice(row: Row, completion: list[int], tokenizer: Any) -> tuple[int, list[int], int] | None:
+    options = options_of(row)
+    if not options:
+        return None
+    texts = [option_completion(row, option) for option in options]
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    places = {i for other in tokens for i, (a, b) in enumerate(zip(other, completion, strict=True)) if a != b}
+    if len(places) != 1:
+        raise ValueError(f"the options of a row must differ in one token, {options} differ in {len(places)}")
+    place = places.pop()
+    return place, [other[place] for other in tokens], options.index(row["answer"])
+
+
+def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch padded on the right, where causal attention never looks."""
+    inputs = "states" if "states" in examples[0] else "input_ids"
+    return {
+        inputs: pad_sequence([example[inputs] for example in examples], batch_first=True),
+        "targets": pad_sequence([e["targets"] for e in examples], batch_first=True, padding_value=IGNORED),
+    }
+
+
+def completion_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits (N, vocabulary) in fp32 at the N positions that predict a completion's token, and those tokens (N,)."""
+    inputs = {"inputs_embeds": batch["states"]} if "states" in batch else {"input_ids": batch["input_ids"]}
+    hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    picked = batch["targets"] != IGNORED
+    return model.get_output_embeddings()(hidden[picked]).float(), batch["targets"][picked]
+
+
+@torch.inference_mode()
+def evaluate(model: Any, examples: Sequence[Example]) -> dict[str, Any]:
+    """What the model makes of held-out rows.
+
+    Returns:
+        `nll`, mean negative log-likelihood per completion token in nats; `row_nll`, its sum in every row; `row_tokens`;
+        and, where rows have options, `accuracy` (share answered right, most likely option) and `row_correct`.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["targets"]))
+    nll, correct = [0.0] * len(examples), [False] * len(examples)
+    counts = [int((example["targets"] != IGNORED).sum()) for example in examples]
+    for start in range(0, len(order), BATCH_SIZE):
+        rows = order[start : start + BATCH_SIZE]
+        batch = {name: tensor.to(device) for name, tensor in collate([examples[i] for i in rows]).items()}
+        logits, targets = completion_logits(model, batch)
+        losses = cross_entropy(logits, targets, reduction="none").split([counts[i] for i in rows])
+        for i, row_losses, row_logits in zip(rows, losses, logits.split([counts[i] for i in rows]), strict=True):
+            nll[i] = row_losses.sum().item()
+            if examples[i]["choice"]:
+                place, tokens, answer = examples[i]["choice"]
+                correct[i] = row_logits[place, tokens].argmax().item() == answer
+    found = {"nll": sum(nll) / sum(counts), "row_nll": nll, "row_tokens": counts}
+    if all(example["choice"] for example in examples):
+        found |= {"accuracy": sum(correct) / len(correct), "row_correct": correct}
+    return found
+
+
+class Skipped(nn.Module):
+    """Stands where a layer was whose output is already known."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+class Prefix:
+    """The layers of a causal language model below `first_layer`, taken out of it and applied to rows beforehand.
+
+    Args:
+        model: A model whose decoder has `layers` and `norm` (Llama, Qwen, Mistral, Phi-3, …); its lower layers are
+            replaced by `Skipped`, so that it continues from `states`.
+        first_layer: Index of the first layer that stays.
+        name: What the states are kept under on disk, together with the rows' tokens.
+    """
+
+    def __init__(self, model: Any, first_layer: int, name: str) -> None:
+        self.decoder, self.first_layer, self.name = model.get_decoder(), first_layer, name
+        self.lower = [self.decoder.layers[i] for i in range(first_layer)]
+        for i in range(first_layer):
+            self.decoder.layers[i] = Skipped()
+
+    def attach_states(self, examples: list[Example]) -> None:
+        """Give every example its `states` (T, hidden), from disk if they were computed before."""
+        key = hashlib.sha256(repr([e["input_ids"].tolist() for e in examples]).encode()).hexdigest()[:16]
+        path = cache_folder() / "states" / f"{self.name}-{self.first_layer}-{key}.pt"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            torch.save(self._compute(examples), temporary)
+            temporary.replace(path)
+        for example, states in zip(examples, torch.load(path, mmap=True), strict=True):
+            example["states"] = states
+
+    @torch.inference_mode()
+    def _compute(self, examples: list[Example]) -> list[Tensor]:
+        upper, norm = list(self.decoder.layers), self.decoder.norm
+        self.decoder.norm = nn.Identity()
+        for i in range(len(upper)):
+            self.decoder.layers[i] = self.lower[i] if i < self.first_layer else Skipped()
+        found: list[Tensor] = []
+        for start in range(0, len(examples), BATCH_SIZE):
+            ids = [example["input_ids"] for example in examples[start : start + BATCH_SIZE]]
+            hidden = self.decoder(pad_sequence(ids, batch_first=True), use_cache=False).last_hidden_state
+            found += [states[: len(row)].clone() for states, row in zip(hidden, ids, strict=True)]
+        self.decoder.norm = norm
+        for i, layer in enumerate(upper):
+            self.decoder.layers[i] = layer
+        return found

@@ -1,8 +1,8 @@
 """Methods to compare, by name and options: each makes an adapter on a model, and says what of it learns.
 
-`lora`, `dora`, `rslora` are peft's own. `lslora` takes the options of `LSLoraConfig`. Controls are LS-LoRA with most of
-it frozen: `learns` names what of the spline is trained (`weight`, `input_scale_offset`, `output_scale_offset`), so a
-learnable scalar is `{"kind": "lslora", "learns": ["output_scale_offset"], ...}` and a fixed nonlinearity `"learns": []`.
+`lora`, `dora`, `rslora` are peft's own. `lslora` takes the options of `LSLoraConfig`, `form` those of
+`benchmarks.forms.attach_forms`. Some controls are LS-LoRA with most of it frozen: `learns` names what of the spline is
+trained (`weight`, `input_scale_offset`, `output_scale_offset`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 
 from lslora import LSLoraConfig, Spline
+
+from .forms import attach_forms
 
 PLAIN = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 
@@ -37,6 +39,10 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
         if options:
             raise ValueError(f"{kind} takes no options, got {sorted(options)}")
         return get_peft_model(model, LoraConfig(**shared, **PLAIN[kind]))
+    if kind == "form":
+        peft_model = get_peft_model(model, LoraConfig(**shared))
+        attach_forms(peft_model, **options)
+        return peft_model
     if kind != "lslora":
         raise ValueError(f"kind must be one of {(*PLAIN, 'lslora')}, got {kind!r}")
     peft_model = get_peft_model(model, LSLoraConfig(**shared, **options))

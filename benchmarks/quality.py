@@ -1,4 +1,4 @@
-"""Compare methods on held-out rows: a matrix of method × rank × learning rate × seed.
+"""Compare methods on held-out rows: a matrix of methods, ranks, learning rates and seeds.
 
     python -m benchmarks.quality --plan benchmarks/plans/NAME.toml --data FOLDER
     python -m benchmarks.quality report --plan benchmarks/plans/NAME.toml
@@ -14,12 +14,13 @@ import fcntl
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import tomllib
 
 from .runs import Bench, Run, Setting
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         return do_runs(setting, runs, args.data, folder)
     from .report import report
 
-    report(args.plan, runs, folder)
+    report(load_records(runs, folder), folder)
     return 0
 
 

@@ -21,6 +21,7 @@ from lslora.diagnostics import observe_occupancy, spline_records
 from lslora.embedded import resolve_model_name
 from lslora.training import SplineTrainerMixin
 
+from .forms import separate_form_group
 from .methods import attach
 from .tasks import Example, Prefix, collate, completion_logits, evaluate, load_examples
 
@@ -119,6 +120,11 @@ class Bench:
 
 class CompletionTrainer(SplineTrainerMixin, Trainer):
     """transformers' Trainer on the tensors of `benchmarks.tasks`."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        separate_form_group(optimizer, self.model, self.spline_lr_ratio)
+        return optimizer
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         return cross_entropy(*completion_logits(model, inputs))

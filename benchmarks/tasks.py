@@ -82,8 +82,9 @@ def evaluate(model: Any, examples: Sequence[Example]) -> dict[str, Any]:
     """What the model makes of held-out rows.
 
     Returns:
-        `nll`, mean negative log-likelihood per completion token in nats; `row_nll`, its sum in every row; `row_tokens`;
-        and, where rows have options, `accuracy` (share answered right, most likely option) and `row_correct`.
+        `nll`, mean negative log-likelihood per completion token in nats; `row_nll`, its sum in every row, and
+        `row_tokens`; and, where rows have options, `accuracy` (share whose likeliest option is right) and
+        `row_correct`.
     """
     model.eval()
     device = next(model.parameters()).device

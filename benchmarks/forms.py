@@ -1,0 +1,106 @@
+"""Elementwise nonlinearities in LoRA's update, for finding out which are worth having: relatives, controls, sketches.
+
+    output      y = W0 x + φ(s B A x)
+    bottleneck  y = W0 x + s B φ(A x)
+    weight      y = W0 x + φ(s B A) x
+
+φ works on the scale of its input: `φ(z) = σ ψ(z / σ)` with ψ of order one. In the bottleneck `σ` is `width` times a
+quantile of |z| in the first batch (of the layer, or of each rank channel); elsewhere z is zero at first, and `σ` is
+the number `width` itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from torch import Tensor, nn
+from torch.nn.functional import gelu, leaky_relu, linear
+from torch.optim import Optimizer
+
+QUANTILE = 0.99
+
+FIXED = {
+    "identity": lambda t: t,
+    "leaky": lambda t: leaky_relu(t, 0.5),
+    "relu": lambda t: t.relu(),
+    "abs": lambda t: t.abs(),
+    "gelu": lambda t: gelu(4 * t) / 4,
+    "tanh": lambda t: t.tanh(),
+    "clip": lambda t: t.clamp(-1, 1),
+    "sine": lambda t: (math.pi * t).sin() / math.pi,
+    "wave": lambda t: t + (2 * math.pi * t).sin() / (2 * math.pi),
+}
+
+
+class Form(nn.Module):
+    """`output_scale · σ ψ(z / σ)`: ψ is a named shape plus, with `knots`, a learnable piecewise linear function."""
+
+    def __init__(self, channels: int, width: float, shape: str, knots: int, learns: list[str], calibrated: bool):
+        super().__init__()
+        self.shape, self.width, self.calibrated = FIXED[shape], width, calibrated
+        self.register_buffer("sigma", torch.zeros(channels) if calibrated else torch.full((1,), width))
+        self.offsets = nn.Parameter(torch.zeros(channels, knots), requires_grad="offsets" in learns)
+        self.output_scale = nn.Parameter(torch.ones(1), requires_grad="output_scale" in learns)
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.calibrated and not self.sigma.any():
+            per_channel = z.detach().abs().flatten(0, -2) if len(self.sigma) > 1 else z.detach().abs().reshape(-1, 1)
+            self.sigma.copy_(self.width * per_channel.quantile(QUANTILE, dim=0))
+        t = z / self.sigma
+        psi = self.shape(t)
+        if self.offsets.shape[1] and self.offsets.requires_grad:
+            psi = psi + self.bend(t)
+        return self.output_scale * self.sigma * psi
+
+    def bend(self, t: Tensor) -> Tensor:
+        """Straight lines between learnable heights at knots evenly spaced on [−1, 1], constant beyond."""
+        channels, knots = self.offsets.shape
+        p = (t.clamp(-1, 1) + 1) * (knots - 1) / 2
+        j = p.detach().floor().clamp(max=knots - 2).long()
+        start = torch.arange(channels, device=t.device) * knots
+        left, right = self.offsets.take(j + start), self.offsets.take(j + 1 + start)
+        return torch.lerp(left, right, p - j)
+
+
+class FormVariant(LoraVariant):
+    def __init__(self, placement: str) -> None:
+        self.placement = placement
+
+    def forward(self, module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        scaling, form = module.scaling[active_adapter], module.lora_form
+        if self.placement == "output":
+            return result + form(b(a(x)) * scaling)
+        if self.placement == "bottleneck":
+            return result + b(form(a(x))) * scaling
+        return result + linear(x, form(b.weight @ a.weight * scaling))
+
+
+def attach_forms(
+    model: nn.Module,
+    placement: str,
+    shape: str = "identity",
+    width: float = 1.0,
+    knots: int = 0,
+    learns: list[str] | None = None,
+    per_channel: bool = False,
+) -> None:
+    """Send the update of every plain LoRA layer in `model` through a form of its own."""
+    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        channels = layer.r["default"] if per_channel else 1
+        layer.lora_form = Form(channels, width, shape, knots, learns or [], placement == "bottleneck")
+        layer.lora_variant["default"] = FormVariant(placement)
+
+
+def separate_form_group(optimizer: Optimizer, model: nn.Module, lr_ratio: float) -> None:
+    """Move the trainable parameters of all forms into a group with `lr_ratio` times the learning rate of their own."""
+    forms = {id(p): p for m in model.modules() if isinstance(m, Form) for p in m.parameters() if p.requires_grad}
+    if not forms:
+        return
+    lr = optimizer.param_groups[0]["lr"]
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in forms]
+    optimizer.add_param_group({"params": list(forms.values()), "lr": lr * lr_ratio, "weight_decay": 0.0})

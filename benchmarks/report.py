@@ -1,0 +1,178 @@
+"""Tables and pictures of a plan's runs: the best learning rate of every method, and paired differences over seeds.
+
+The learning rate of a method is chosen on the even rows of the validation file and its results are reported on the odd
+rows, so that choosing among many does not flatter the winner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import ttest_rel
+
+Record = dict[str, Any]
+Cell = dict[float, dict[int, Record]]  # learning rate → seed → record
+
+EVEN, ODD = 0, 1
+METRICS = {"nll": "nats per completion token, less is better", "accuracy": "per cent right, more is better"}
+SMOOTHING = 8
+
+
+class Difference(NamedTuple):
+    """A method minus the baseline over the seeds both have: mean, 95 % interval, p (two-sided paired t-test)."""
+
+    seeds: int
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def report(records: list[Record], folder: Path, baseline: str = "lora") -> None:
+    """Print the tables, and save `learning_rates.png`, `differences.png` and `learning_curves.png` in `folder`."""
+    console = Console(width=140)
+    cells = group(records)
+    metrics = [m for m in METRICS if all(m in r.get("validation", {m: 0}) for r in records)]
+    for metric in metrics:
+        console.print(rate_table(cells, metric))
+        console.print(difference_table(cells, metric, baseline))
+    plot_rates(cells, folder / "learning_rates.png")
+    plot_differences(cells, metrics, baseline, folder / "differences.png")
+    plot_curves(cells, folder / "learning_curves.png")
+
+
+def group(records: list[Record]) -> dict[tuple[int, str], Cell]:
+    """(rank, method) → learning rate → seed → record."""
+    cells: dict[tuple[int, str], Cell] = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        run = record["run"]
+        cells[run["r"], run["name"]][run["lr"]][run["seed"]] = record
+    return cells
+
+
+def score(record: Record, metric: str, rows: int) -> float:
+    """The metric over every second validation row, starting at row `rows`; not finite where the run diverged."""
+    if record["diverged"]:
+        return math.inf if metric == "nll" else 0.0
+    found = record["validation"]
+    if metric == "accuracy":
+        return 100 * fmean(found["row_correct"][rows::2])
+    return sum(found["row_nll"][rows::2]) / sum(found["row_tokens"][rows::2])
+
+
+def mean_score(seeds: dict[int, Record], metric: str, rows: int) -> float:
+    return fmean(score(record, metric, rows) for record in seeds.values())
+
+
+def best_rate(cell: Cell) -> float:
+    """The learning rate of the least mean nll on the even rows, among those with the most seeds."""
+    most = max(map(len, cell.values()))
+    rates = [rate for rate, seeds in cell.items() if len(seeds) == most]
+    return min(rates, key=lambda rate: mean_score(cell[rate], "nll", EVEN))
+
+
+def is_bracketed(cell: Cell, rate: float) -> bool:
+    """Whether a lower and a higher learning rate were tried as well."""
+    return min(cell) < rate < max(cell)
+
+
+def difference(cell: Cell, baseline: Cell, metric: str) -> Difference | None:
+    """The method's best learning rate minus the baseline's, on the odd rows; None below two common seeds."""
+    ours, theirs = cell[best_rate(cell)], baseline[best_rate(baseline)]
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None
+    a, b = ([score(side[seed], metric, ODD) for seed in seeds] for side in (ours, theirs))
+    test = ttest_rel(a, b)
+    low, high = test.confidence_interval(0.95)
+    return Difference(len(seeds), fmean(a) - fmean(b), low, high, test.pvalue)
+
+
+def rate_table(cells: dict[tuple[int, str], Cell], metric: str) -> Table:
+    """Means over seeds at every learning rate."""
+    rates = sorted({rate for cell in cells.values() for rate in cell})
+    table = Table(title=f"{metric} on the even rows, {METRICS[metric]}")
+    for heading in ("r", "method", *(f"lr {rate:g}" for rate in rates), "best lr", "bracketed"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for (r, name), cell in sorted(cells.items()):
+        means = [
+            f"{fmean(score(x, metric, EVEN) for x in cell[rate].values()):.4f}" if rate in cell else ""
+            for rate in rates
+        ]
+        best = best_rate(cell)
+        table.add_row(str(r), name, *means, f"{best:g}", "yes" if is_bracketed(cell, best) else "no")
+    return table
+
+
+def difference_table(cells: dict[tuple[int, str], Cell], metric: str, baseline: str) -> Table:
+    """Every method at its best learning rate, and its paired difference from the baseline at its own."""
+    table = Table(title=f"{metric} on the odd rows, each method at its best learning rate")
+    for heading in ("r", "method", "lr", "seeds", "parameters", "mean", f"minus {baseline}", "95 % interval", "p"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for (r, name), cell in sorted(cells.items()):
+        rate = best_rate(cell)
+        found = list(cell[rate].values())
+        row = [str(r), name, f"{rate:g}", str(len(found)), f"{found[0]['trainable_parameters']:,}"]
+        row.append(f"{fmean(score(x, metric, ODD) for x in found):.4f}")
+        other = cells.get((r, baseline))
+        d = difference(cell, other, metric) if other and name != baseline else None
+        row += [f"{d.mean:+.4f}", f"[{d.low:+.4f}, {d.high:+.4f}]", f"{d.p:.2g}"] if d else ["", "", ""]
+        table.add_row(*row)
+    return table
+
+
+def plot_rates(cells: dict[tuple[int, str], Cell], path: Path) -> None:
+    """nll against the learning rate, one panel for each rank, one line for each method."""
+    ranks = sorted({r for r, _ in cells})
+    figure = Figure(figsize=(1 + 5 * len(ranks), 4.5), layout="constrained")
+    for axis, r in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks, strict=True):
+        for (rank, name), cell in sorted(cells.items()):
+            if rank == r:
+                points = [(lr, mean_score(cell[lr], "nll", EVEN)) for lr in sorted(cell)]
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
+        axis.set(xscale="log", xlabel="learning rate", title=f"r = {r}")
+        axis.legend(fontsize=7)
+    figure.supylabel("nll, even rows", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def plot_differences(cells: dict[tuple[int, str], Cell], metrics: list[str], baseline: str, path: Path) -> None:
+    """Dots and 95 % intervals of the paired differences, one panel for each metric."""
+    figure = Figure(figsize=(1.5 + 5 * len(metrics), 1.5 + 0.3 * len(cells)), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+        labels = []
+        for (r, name), cell in sorted(cells.items(), reverse=True):
+            other = cells.get((r, baseline))
+            d = difference(cell, other, metric) if other and name != baseline else None
+            if d:
+                axis.plot([d.low, d.high], [len(labels)] * 2, color="C0", linewidth=1.5)
+                axis.plot(d.mean, len(labels), marker="o", color="C0")
+                labels.append(f"{name}, r = {r} ({d.seeds} seeds)")
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        axis.set_xlabel(f"{metric} minus {baseline}'s, odd rows", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def plot_curves(cells: dict[tuple[int, str], Cell], path: Path) -> None:
+    """Training loss by step, averaged over seeds and over windows of steps, each method at its best learning rate."""
+    ranks = sorted({r for r, _ in cells})
+    figure = Figure(figsize=(1 + 5 * len(ranks), 4.5), layout="constrained")
+    for axis, r in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks, strict=True):
+        for (rank, name), cell in sorted(cells.items()):
+            runs = [x["losses"] for x in cell[best_rate(cell)].values() if not x["diverged"]]
+            if rank == r and runs:
+                means = [fmean(step) for step in zip(*runs, strict=True)]
+                smooth = [fmean(means[max(0, i + 1 - SMOOTHING) : i + 1]) for i in range(len(means))]
+                axis.plot(range(1, len(smooth) + 1), smooth, linewidth=1, label=name)
+        axis.set(xlabel="step", title=f"r = {r}", yscale="log")
+        axis.legend(fontsize=7)
+    figure.supylabel(f"training loss, mean of {SMOOTHING} steps", fontsize=9)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,270 @@
+"""The measuring itself: cut models against whole ones, plans that go on after a kill, statistics in closed form."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import quality, report
+from benchmarks.runs import Run
+from benchmarks.tasks import IGNORED, Prefix, collate, completion_logits, encode, evaluate
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    ).eval()
+
+
+def examples(lengths=(5, 9, 7), prompt=3):
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for length in lengths:
+        ids = torch.randint(0, 50, (length + 1,), generator=generator)
+        targets = ids[1:].clone()
+        targets[: prompt - 1] = IGNORED
+        found.append({"input_ids": ids[:-1], "targets": targets, "choice": None})
+    return found
+
+
+def adapted(model, first_layer):
+    torch.manual_seed(2)
+    config = LoraConfig(r=2, target_modules="all-linear", layers_to_transform=list(range(first_layer, 4)))
+    peft_model = get_peft_model(model, config)
+    torch.manual_seed(3)
+    for name, parameter in sorted(peft_model.named_parameters()):
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    return peft_model
+
+
+def test_a_cut_model_learns_what_the_whole_one_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("LSLORA_CACHE", str(tmp_path))
+    whole_rows, cut_rows = examples(), examples()
+    whole = adapted(tiny_llama(), 2)
+    base = tiny_llama()
+    Prefix(base, 2, "tiny").attach_states(cut_rows)
+    cut = adapted(base, 2)
+    gradients = []
+    for model, rows in ((whole, whole_rows), (cut, cut_rows)):
+        cross_entropy(*completion_logits(model, collate(rows))).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_states_are_computed_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("LSLORA_CACHE", str(tmp_path))
+    first, second = examples(), examples()
+    Prefix(tiny_llama(), 2, "tiny").attach_states(first)
+    prefix = Prefix(tiny_llama(), 2, "tiny")
+    monkeypatch.setattr(prefix, "_compute", lambda rows: pytest.fail("computed again"))
+    prefix.attach_states(second)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a["states"], b["states"])
+
+
+def test_likelihood_is_that_of_single_rows():
+    model, rows = tiny_llama(), examples()
+    found = evaluate(model, rows)
+    for row, nll, tokens in zip(rows, found["row_nll"], found["row_tokens"], strict=True):
+        logits = model(row["input_ids"][None]).logits[0]
+        assert nll == pytest.approx(cross_entropy(logits, row["targets"], reduction="sum").item(), rel=1e-5)
+        assert tokens == (row["targets"] != IGNORED).sum()
+    assert found["nll"] == pytest.approx(sum(found["row_nll"]) / sum(found["row_tokens"]))
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    eos_token_id = 0
+
+    def __init__(self):
+        self.ids = {}
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [self.ids.setdefault(word, len(self.ids) + 1) for word in text.split()]}
+
+
+QUESTION = {
+    "instruction": "Is water wet?\n\nAnswer format: true/false",
+    "input": "",
+    "output": "the correct answer is true",
+    "answer": "true",
+}
+
+
+def test_only_the_completion_is_predicted_and_ends():
+    tokenizer = Words()
+    row = encode(QUESTION, tokenizer)
+    words = {number: word for word, number in tokenizer.ids.items()}
+    predicted = [words.get(t, "END") for t in row["targets"].tolist() if t != IGNORED]
+    assert predicted == ["the", "correct", "answer", "is", "true", "END"]
+    place, tokens, answer = row["choice"]
+    assert (place, [words[t] for t in tokens], answer) == (4, ["true", "false"], 0)
+
+
+def test_accuracy_is_of_the_likeliest_option():
+    model, tokenizer = tiny_llama(), Words()
+    row = encode(QUESTION, tokenizer)
+    place, tokens, answer = row["choice"]
+    at = int((row["targets"] != IGNORED).nonzero()[0]) + place
+    right = model(row["input_ids"][None]).logits[0, at, tokens].argmax().item() == answer
+    turned = {**row, "choice": (place, tokens[::-1], answer)}
+    assert evaluate(model, [row, turned])["row_correct"] == [right, not right]
+
+
+PLAN = """
+[setting]
+model = "m"
+train = "t"
+validation = "v"
+[methods]
+lora = { kind = "lora" }
+out = { kind = "lslora", num_knots = 7 }
+[[runs]]
+methods = ["lora", "out"]
+r = [4]
+lr = [1e-3, 2e-3]
+seeds = [0, 1]
+[[runs]]
+methods = ["lora"]
+r = [4]
+lr = [2e-3, 4e-3]
+seeds = [0]
+"""
+
+
+@pytest.fixture
+def plan(tmp_path):
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN)
+    return path
+
+
+def test_a_plan_is_the_product_of_its_lists_without_repeats(plan):
+    setting, runs = quality.read_plan(plan)
+    assert setting.model == "m"
+    assert len(runs) == len({run.id for run in runs}) == 9
+    assert runs[-1] == Run("lora", {"kind": "lora"}, 4, 4e-3, 0)
+
+
+def test_a_plan_with_an_undefined_method_names_it(plan):
+    plan.write_text(PLAN.replace('methods = ["lora"]', 'methods = ["loda"]'))
+    with pytest.raises(ValueError, match="'loda', defined are \\['lora', 'out'\\]"):
+        quality.read_plan(plan)
+
+
+class CountingBench:
+    """Takes the place of training: the record says which run it is."""
+
+    def __init__(self, stop_after):
+        self.left, self.done = stop_after, []
+
+    def measure(self, run):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.done.append(run.id)
+        return {"run": {**vars(run)}, "train_seconds": 0.0}
+
+
+def test_a_killed_plan_goes_on_where_it_was(plan, tmp_path, monkeypatch):
+    setting, runs = quality.read_plan(plan)
+    first, second = CountingBench(4), CountingBench(100)
+    monkeypatch.setattr(quality, "Bench", lambda *args: first)
+    with pytest.raises(KeyboardInterrupt):
+        quality.do_runs(setting, runs, tmp_path, tmp_path / "out")
+    monkeypatch.setattr(quality, "Bench", lambda *args: second)
+    quality.do_runs(setting, runs, tmp_path, tmp_path / "out")
+    assert first.done + second.done == [run.id for run in runs]
+    assert [r["run"]["lr"] for r in quality.load_records(runs, tmp_path / "out")] == [run.lr for run in runs]
+
+
+def test_runs_at_work_elsewhere_are_left_alone(plan, tmp_path, monkeypatch):
+    setting, runs = quality.read_plan(plan)
+    bench = CountingBench(100)
+    monkeypatch.setattr(quality, "Bench", lambda *args: bench)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with quality.claimed(folder / f"{runs[1].id}.lock") as mine:
+        assert mine
+        quality.do_runs(setting, runs, tmp_path, folder)
+    assert bench.done == [run.id for run in runs if run != runs[1]]
+
+
+def test_a_result_of_other_options_is_not_taken_for_this_one(plan, tmp_path, monkeypatch):
+    setting, runs = quality.read_plan(plan)
+    monkeypatch.setattr(quality, "Bench", lambda *args: CountingBench(100))
+    quality.do_runs(setting, runs, tmp_path, tmp_path / "out")
+    plan.write_text(PLAN.replace("num_knots = 7", "num_knots = 9"))
+    setting, runs = quality.read_plan(plan)
+    with pytest.raises(ValueError, match="'num_knots': 7.*'num_knots': 9"):
+        quality.do_runs(setting, runs, tmp_path, tmp_path / "out")
+
+
+def record(name, lr, seed, nll, r=4):
+    """A run whose even rows have this nll and whose odd rows have 1 more."""
+    return {
+        "run": {"name": name, "r": r, "lr": lr, "seed": seed},
+        "diverged": math.isnan(nll),
+        "losses": [2.0, 1.0],
+        "trainable_parameters": 10,
+        "validation": {"nll": nll, "row_nll": [nll, nll + 1] * 3, "row_tokens": [1] * 6},
+    }
+
+
+def test_the_rate_is_chosen_on_even_rows_and_reported_on_odd_ones():
+    records = [record("lora", lr, 0, nll) for lr, nll in ((1e-3, 0.5), (2e-3, 0.3), (4e-3, math.nan))]
+    (cell,) = report.group(records).values()
+    assert report.best_rate(cell) == 2e-3
+    assert report.is_bracketed(cell, 2e-3) and not report.is_bracketed(cell, 4e-3)
+    assert report.mean_score(cell[2e-3], "nll", report.ODD) == pytest.approx(1.3)
+
+
+def test_paired_difference_in_closed_form():
+    base, other = [0.50, 0.61, 0.42], [0.48, 0.60, 0.39]
+    cells = report.group(
+        [record("lora", 1e-3, s, x) for s, x in enumerate(base)] + [record("o", 2e-3, s, x) for s, x in enumerate(other)]
+    )
+    found = report.difference(cells[4, "o"], cells[4, "lora"], "nll")
+    differences = [b - a for a, b in zip(base, other, strict=True)]
+    mean = sum(differences) / 3
+    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 2 / 3)
+    assert found.mean == pytest.approx(mean)
+    # Student's t with 2 degrees of freedom: distribution function 1/2 + t / (2 √(2 + t²)), 97.5 % quantile 4.302653.
+    assert found.low == pytest.approx(mean - 4.302653 * error, rel=1e-5)
+    assert found.high == pytest.approx(mean + 4.302653 * error, rel=1e-5)
+    t = abs(mean / error)
+    assert found.p == pytest.approx(1 - t / math.sqrt(2 + t**2))
+
+
+def test_a_report_is_printed_and_drawn(tmp_path, capsys):
+    records = [record(n, lr, s, 0.4 + 0.01 * s) for n in ("lora", "o") for lr in (1e-3, 2e-3) for s in (0, 1)]
+    report.report(records, tmp_path)
+    shown = capsys.readouterr().out
+    assert "nll on the odd rows" in shown and "1.4050" in shown
+    for name in ("learning_rates", "differences", "learning_curves"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_whole_files(plan, tmp_path, monkeypatch):
+    setting, runs = quality.read_plan(plan)
+    monkeypatch.setattr(quality, "Bench", lambda *args: CountingBench(100))
+    quality.do_runs(setting, runs, tmp_path, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(f"{run.id}.json" for run in runs)
+    for path in (tmp_path / "out").iterdir():
+        json.loads(path.read_text())

@@ -76,7 +76,7 @@ class Bench:
     """A model and its rows, loaded once for any number of runs."""
 
     def __init__(self, setting: Setting, data: Path) -> None:
-        self.setting = setting
+        self.setting, self.commit = setting, commit()
         name = resolve_model_name(setting.model)
         self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
@@ -108,7 +108,7 @@ class Bench:
             "machine": f"{self.device}, {torch.get_num_threads()} threads",
             "python": platform.python_version(),
             "versions": {package: version(package) for package in PACKAGES},
-            "commit": commit(),
+            "commit": self.commit,
         }
         if not record["diverged"]:
             with observe_occupancy(model) as occupancy:

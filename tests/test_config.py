@@ -13,6 +13,7 @@ def test_defaults_are_those_of_the_method():
     config = LSLoraConfig()
     own = {field.name for field in dataclasses.fields(LSLoraConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
     assert {name: getattr(config, name) for name in own} == {
+        "placement": "output",
         "num_knots": 5,
         "k_min": -3.0,
         "k_max": 3.0,
@@ -39,6 +40,8 @@ def test_defaults_are_those_of_the_method():
         ({"soft_temperature": 0.0}, ValueError, "soft_temperature must be positive, got 0.0"),
         ({"interpolation_method": "cubic"}, ValueError, "interpolation_method must be one of .*, got 'cubic'"),
         ({"extrapolation": "constant"}, ValueError, "extrapolation must be one of .*, got 'constant'"),
+        ({"placement": "input"}, ValueError, "placement must be one of .*, got 'input'"),
+        ({"placement": "weight", "lora_bias": True}, ValueError, "lora_bias"),
         ({"use_dora": True}, ValueError, "use_dora is a LoRA variant"),
         ({"use_qalora": True}, ValueError, "use_qalora"),
         ({"velora_config": {}}, ValueError, None),

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftType
 
 INTERPOLATION_METHODS = ("piecewise", "soft")
 EXTRAPOLATIONS = ("clamp", "linear")
+PLACEMENTS = ("output", "bottleneck", "weight")
 
 # Initialisations that draw A and B without touching the base weight. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ,
 # …) subtract a linear update from it, which only a linear update can give back.
@@ -25,8 +26,11 @@ class LSLoraConfig(LoraConfig):
     one learnable piecewise linear φ per layer that starts as the identity, i.e. as plain LoRA (README, "Method").
 
     Args:
+        placement: What φ, with its scales and the clamp, is applied to: `"output"`, the update (`φ(s B A x)`);
+            `"bottleneck"`, its r inner numbers (`s B φ(A x)`); `"weight"`, the update's weight (`φ(s B A) x`), which
+            can be merged into the base weight. The grid is in the unit of what φ is applied to.
         num_knots: Number of knots of φ, ≥ 2. A layer gets `num_knots + 2` parameters on top of LoRA's.
-        k_min: Position of the first knot, in the unit of the LoRA update `scaling · B A x`.
+        k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`; the knots lie evenly spaced between the two.
         spline_reg_weight: ≥ 0. The penalty `spline_reg_weight · Σ_layers mean_i (v_i − k_i)²`, summed over layers,
             pulls the knot heights towards the identity. Its gradient reaches every optimizer step (see
@@ -41,6 +45,9 @@ class LSLoraConfig(LoraConfig):
         TypeError: a value has the wrong type.
     """
 
+    placement: Literal["output", "bottleneck", "weight"] = field(
+        default="output", metadata={"help": "Where in the update the spline sits."}
+    )
     num_knots: int = field(default=5, metadata={"help": "Number of knots of the spline, at least 2."})
     k_min: float = field(default=-3.0, metadata={"help": "Position of the first knot."})
     k_max: float = field(default=3.0, metadata={"help": "Position of the last knot, greater than k_min."})
@@ -84,6 +91,8 @@ class LSLoraConfig(LoraConfig):
             raise ValueError(
                 f"interpolation_method must be one of {INTERPOLATION_METHODS}, got {self.interpolation_method!r}"
             )
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {PLACEMENTS}, got {self.placement!r}")
         if self.extrapolation not in EXTRAPOLATIONS:
             raise ValueError(f"extrapolation must be one of {EXTRAPOLATIONS}, got {self.extrapolation!r}")
 
@@ -99,6 +108,8 @@ class LSLoraConfig(LoraConfig):
             )
         if self.target_parameters:
             raise ValueError("target_parameters merges the update into the parameter, which LS-LoRA cannot do")
+        if self.lora_bias and self.placement == "weight":
+            raise ValueError("lora_bias needs B as a layer of its own, which placement='weight' does not run")
         if self.use_qalora:
             raise ValueError("use_qalora is a LoRA variant of its own and does not combine with LS-LoRA")
         if self.megatron_config:

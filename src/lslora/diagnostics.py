@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .layer import Spline
+from .spline import Spline
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,14 +9,14 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from .config import LSLoraConfig
-from .layer import NO_MERGE, LSLoraLayer, adopt
+from .layer import LSLoraLayer, adopt
 
 
 class LSLoraModel(LoraModel):
     """Adds LS-LoRA adapters to a model; see `LSLoraConfig` for the settings.
 
     Everything but the layers' update is `peft.LoraModel`'s: targeting, ranks, several adapters, saving and loading.
-    Merging, and what rests on it, raises ValueError because the update is not linear in the layer's input.
+    Merging raises ValueError where the update is not linear in the layer's input, so unless `placement="weight"`.
     """
 
     def _create_and_replace(
@@ -39,9 +39,6 @@ class LSLoraModel(LoraModel):
         module.lora_variant[adapter_name].init(module, adapter_name=adapter_name, config=lora_config)
         module.set_adapter(module.active_adapters, inference_mode=lora_config.inference_mode)
         return module
-
-    def _check_merge_allowed(self) -> NoReturn:
-        raise ValueError(NO_MERGE)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise ValueError: a weighted sum of nonlinear updates is no LS-LoRA update."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
-    from .layer import Spline
+    from .spline import Spline
 
 _splines: WeakSet[Spline] = WeakSet()
 
@@ -33,7 +33,7 @@ def spline_penalty(model: nn.Module) -> Tensor:
 
     For those who want to see it; training needs no call of this.
     """
-    from .layer import Spline
+    from .spline import Spline
 
     terms = [s.spline_reg_weight * s.weight.square().mean() for s in model.modules() if isinstance(s, Spline)]
     return torch.stack(terms).sum() if terms else torch.zeros(())

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .diagnostics import spline_metrics
-from .layer import Spline
+from .spline import Spline
 
 
 def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr_ratio: float = 1.0) -> None:

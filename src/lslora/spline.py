@@ -1,0 +1,134 @@
+"""The spline's module: its parameters, how they are stored, and what keeps them in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import penalty
+from .config import LSLoraConfig
+from .ops.spline import spline
+
+
+class Spline(nn.Module):
+    """`output_scale · φ(input_scale · clamp(z, k_min, k_max))`, elementwise, φ learnable, at first `φ(t) = t`.
+
+    Stored and trained are the deviations from the identity: zeros at the start, in fp32 always.
+
+    | stored as | shape | meaning |
+    |---|---|---|
+    | `weight` | (K,) | `values − grid` |
+    | `input_scale_offset` | (1,) | `input_scale − 1` |
+    | `output_scale_offset` | (1,) | `output_scale − 1` |
+
+    Args:
+        config: The adapter's settings; the fields of the spline are read.
+    """
+
+    def __init__(self, config: LSLoraConfig) -> None:
+        super().__init__()
+        self.k_min = float(config.k_min)
+        self.k_max = float(config.k_max)
+        self.interpolation_method = config.interpolation_method
+        self.extrapolation = config.extrapolation
+        self.soft_temperature = float(config.soft_temperature)
+        self.spline_reg_weight = float(config.spline_reg_weight)
+        # FSDP's wrapping policy for peft looks for trainable leaves by the name `weight`.
+        self.weight = nn.Parameter(torch.zeros(config.num_knots, dtype=torch.float32))
+        self.input_scale_offset = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        self.output_scale_offset = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        penalty.track(self)
+
+    @property
+    def grid(self) -> Tensor:
+        """Knot positions `k_i`, (K,) fp32: evenly spaced on [k_min, k_max]."""
+        return torch.linspace(self.k_min, self.k_max, len(self.weight), device=self.weight.device)
+
+    @property
+    def values(self) -> Tensor:
+        """Knot heights `v_i`, (K,) fp32."""
+        return self.grid + self.weight
+
+    @values.setter
+    def values(self, values: Tensor | list[float]) -> None:
+        _assign(self.weight, "values", values, self.grid)
+
+    @property
+    def input_scale(self) -> Tensor:
+        """Factor on φ's argument, (1,) fp32."""
+        return 1 + self.input_scale_offset
+
+    @input_scale.setter
+    def input_scale(self, scale: Tensor | float) -> None:
+        _assign(self.input_scale_offset, "input_scale", scale, 1)
+
+    @property
+    def output_scale(self) -> Tensor:
+        """Factor on φ's value, (1,) fp32."""
+        return 1 + self.output_scale_offset
+
+    @output_scale.setter
+    def output_scale(self, scale: Tensor | float) -> None:
+        _assign(self.output_scale_offset, "output_scale", scale, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Shape and dtype of `z`, any shape; see `lslora.ops.spline.spline`."""
+        return spline(
+            z,
+            self.weight,
+            self.input_scale,
+            self.output_scale,
+            k_min=self.k_min,
+            k_max=self.k_max,
+            interpolation_method=self.interpolation_method,
+            extrapolation=self.extrapolation,
+            soft_temperature=self.soft_temperature,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_knots={len(self.weight)}, k_min={self.k_min}, k_max={self.k_max}, "
+            f"interpolation_method={self.interpolation_method!r}, extrapolation={self.extrapolation!r}"
+        )
+
+    # The offsets are too small for half precision (FIXES_APPLIED.md, 9), yet everyone casts adapters: peft to the base
+    # layer's dtype, users with `model.half()`, TRL by assigning to `.data` before training. The three methods below
+    # keep fp32.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Spline:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def train(self, mode: bool = True) -> Spline:
+        if mode:
+            self._restore_fp32()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._restore_fp32()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _restore_fp32(self) -> None:
+        for parameter in self.parameters(recurse=False):
+            if parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        penalty.track(self)
+
+
+@torch.no_grad()
+def _assign(parameter: nn.Parameter, name: str, value: Tensor | list[float] | float, identity: Tensor | int) -> None:
+    """Store a value as its deviation from the identity."""
+    new = torch.atleast_1d(torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device))
+    if new.shape != parameter.shape:
+        raise ValueError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(new.shape)}")
+    parameter.copy_(new - identity)

@@ -2,7 +2,7 @@
 
 `lora`, `dora`, `rslora` are peft's own. `lslora` takes the options of `LSLoraConfig`, `form` those of
 `benchmarks.forms.attach_forms`. Some controls are LS-LoRA with most of it frozen: `learns` names what of the spline is
-trained (`weight`, `input_scale_offset`, `output_scale_offset`).
+trained (`weight`, `input_scale_offset`, `output_scale_offset`); `defects` are those of `benchmarks.original`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from peft import LoraConfig, get_peft_model
 from lslora import LSLoraConfig, Spline
 
 from .forms import attach_forms
+from .original import break_splines
 
+NOT_OPTIONS = ("kind", "learns", "defects", "spline_lr_ratio")
 PLAIN = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 
 
@@ -26,7 +28,7 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
     Raises:
         ValueError: `method` has a kind or an option that is not known.
     """
-    options = {name: value for name, value in method.items() if name not in ("kind", "learns", "spline_lr_ratio")}
+    options = {name: value for name, value in method.items() if name not in NOT_OPTIONS}
     shared = {
         "r": r + options.pop("extra_rank", 0),
         "lora_alpha": 2 * r,
@@ -46,6 +48,7 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
     if kind != "lslora":
         raise ValueError(f"kind must be one of {(*PLAIN, 'lslora')}, got {kind!r}")
     peft_model = get_peft_model(model, LSLoraConfig(**shared, **options))
+    break_splines(peft_model, **method.get("defects", {}))
     if "learns" in method:
         for spline in (m for m in peft_model.modules() if isinstance(m, Spline)):
             for name, parameter in spline.named_parameters():

@@ -29,6 +29,7 @@ FIXED = {
     "abs": lambda t: t.abs(),
     "gelu": lambda t: gelu(4 * t) / 4,
     "tanh": lambda t: t.tanh(),
+    "sinh": lambda t: (2 * t).sinh() / 2,
     "clip": lambda t: t.clamp(-1, 1),
     "sine": lambda t: (math.pi * t).sin() / math.pi,
     "wave": lambda t: t + (2 * math.pi * t).sin() / (2 * math.pi),

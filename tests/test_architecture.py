@@ -12,7 +12,8 @@ ALLOWED = {
     "model": {"config", "layer"},
     "layer": {"config", "placement"},
     "placement": {"config", "spline"},
-    "spline": {"config", "penalty", "ops.spline"},
+    "spline": {"calibration", "config", "penalty", "ops.spline"},
+    "calibration": {"spline"},  # its splines, for type checkers only
     "penalty": {"spline"},  # its splines; imported when asked, since every spline registers there
     "ops.__init__": set(),
     "ops.spline": {"ops.cpu", "ops.eager", "ops.reference"},

@@ -32,6 +32,9 @@ class LSLoraConfig(LoraConfig):
         num_knots: Number of knots of φ, ≥ 2. A layer gets `num_knots + 2` parameters on top of LoRA's.
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`; the knots lie evenly spaced between the two.
+        calibration_steps: ≥ 0. With 0 the grid stays at [k_min, k_max]. Otherwise it is stretched, for each layer, so
+            that its farther end lies at the 99 % quantile of |z| over the first so many optimizer steps, during which
+            the layer is plain LoRA; then it is kept and saved. `k_min` and `k_max` then give its proportions only.
         spline_reg_weight: ≥ 0. The penalty `spline_reg_weight · Σ_layers mean_i (v_i − k_i)²`, summed over layers,
             pulls the knot heights towards the identity. Its gradient reaches every optimizer step (see
             `lslora.penalty`); it is no part of the reported loss.
@@ -51,6 +54,9 @@ class LSLoraConfig(LoraConfig):
     num_knots: int = field(default=5, metadata={"help": "Number of knots of the spline, at least 2."})
     k_min: float = field(default=-3.0, metadata={"help": "Position of the first knot."})
     k_max: float = field(default=3.0, metadata={"help": "Position of the last knot, greater than k_min."})
+    calibration_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps over which each layer's grid is measured; 0 for a fixed grid."}
+    )
     spline_reg_weight: float = field(
         default=0.01, metadata={"help": "Weight of the penalty on the knot heights' distance from the identity."}
     )
@@ -71,10 +77,12 @@ class LSLoraConfig(LoraConfig):
         self._check_lora_options()
 
     def _check_spline(self) -> None:
-        if isinstance(self.num_knots, bool) or not isinstance(self.num_knots, int):
-            raise TypeError(f"num_knots must be an int, got {self.num_knots!r}")
-        if self.num_knots < 2:
-            raise ValueError(f"num_knots must be at least 2, got {self.num_knots}")
+        for name, least in (("num_knots", 2), ("calibration_steps", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         for name in ("k_min", "k_max", "spline_reg_weight", "soft_temperature"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -9,6 +9,7 @@ A record is a flat dict of one layer's spline:
 | `deviation` | `mean_i abs(v_i − k_i)`: 0 at the start, 0.01 to 0.1 learning, above 1 overfitting |
 | `slope_variance` | `var_i((v_{i+1} − v_i) / Δk)`: 0 at the start, above 0.05 meaningful curvature, above 1 unstable |
 | `input_scale`, `output_scale` | numbers, 1 at the start |
+| `grid_scale` | what the grid is stretched by (see `calibration_steps`), else 1; `grid`, `values` are unstretched |
 | `occupancy` | share of the elements of z below the grid, in each of its K − 1 intervals, and above it; or None |
 """
 
@@ -99,6 +100,10 @@ class Occupancy:
         self.counts: dict[str, Tensor] = {}
 
     def add(self, layer: str, spline: Spline, z: Tensor) -> None:
+        if spline.grid_scale is not None:
+            if not spline.is_calibrated:
+                return
+            z = z / spline.grid_scale
         edges = spline.grid.to(z.device)
         counts = torch.bincount(torch.bucketize(z.float().flatten(), edges), minlength=len(edges) + 1).cpu()
         self.counts[layer] = self.counts.get(layer, torch.zeros_like(counts)) + counts
@@ -212,6 +217,7 @@ def _record(layer: str, spline: Spline) -> Record:
         "values": (grid + offsets).tolist(),
         "deviation": offsets.abs().mean().item(),
         "slope_variance": slopes.var(unbiased=False).item(),
+        "grid_scale": 1.0 if spline.grid_scale is None else spline.grid_scale.item(),
         "input_scale": spline.input_scale.item(),
         "output_scale": spline.output_scale.item(),
     }

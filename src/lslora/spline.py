@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import penalty
+from . import calibration, penalty
 from .config import LSLoraConfig
 from .ops.spline import spline
 
@@ -23,6 +24,10 @@ class Spline(nn.Module):
     | `weight` | (K,) | `values − grid` |
     | `input_scale_offset` | (1,) | `input_scale − 1` |
     | `output_scale_offset` | (1,) | `output_scale − 1` |
+    | `grid_scale`, a buffer | (1,) | σ of `calibration_steps`; 0 before; None without |
+
+    With `calibration_steps` the whole function is stretched: `σ · spline(z / σ)`, with σ such that the grid's farther
+    end lies at the 99 % quantile of |z|. Until σ is known the spline is the identity and does not learn.
 
     Args:
         config: The adapter's settings; the fields of the spline are read.
@@ -30,6 +35,7 @@ class Spline(nn.Module):
 
     def __init__(self, config: LSLoraConfig) -> None:
         super().__init__()
+        self.grid_scale: Tensor | None
         self.k_min = float(config.k_min)
         self.k_max = float(config.k_max)
         self.interpolation_method = config.interpolation_method
@@ -40,7 +46,15 @@ class Spline(nn.Module):
         self.weight = nn.Parameter(torch.zeros(config.num_knots, dtype=torch.float32))
         self.input_scale_offset = nn.Parameter(torch.zeros(1, dtype=torch.float32))
         self.output_scale_offset = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        self.calibration_steps = config.calibration_steps
+        self.register_buffer("grid_scale", torch.zeros(1) if config.calibration_steps else None)
+        self._calibrated: bool | None = False
+        self._track()
+
+    def _track(self) -> None:
         penalty.track(self)
+        if self.grid_scale is not None and not self._calibrated:
+            calibration.wait(self)
 
     @property
     def grid(self) -> Tensor:
@@ -74,8 +88,40 @@ class Spline(nn.Module):
     def output_scale(self, scale: Tensor | float) -> None:
         _assign(self.output_scale_offset, "output_scale", scale, 1)
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether `grid_scale` is known. Read from the device once, then remembered until the next load."""
+        if self._calibrated is None:
+            self._calibrated = self.grid_scale is not None and self.grid_scale.item() > 0
+        return self._calibrated
+
+    @torch.no_grad()
+    def calibrate(self, end: Tensor | float) -> None:
+        """Stretch the grid so that its farther end lies at `end` > 0, in the unit of z; the spline learns from now on.
+
+        Raises:
+            ValueError: the config asked for no calibration, or `end` is not a positive number.
+        """
+        if self.grid_scale is None:
+            raise ValueError("a spline is calibrated only with calibration_steps > 0")
+        if not 0 < float(end) < math.inf:
+            raise ValueError(f"the grid's end must be a positive number, got {float(end)}")
+        self.grid_scale.fill_(end / max(abs(self.k_min), abs(self.k_max)))
+        self._calibrated = True
+
     def forward(self, z: Tensor) -> Tensor:
         """Shape and dtype of `z`, any shape; see `lslora.ops.spline.spline`."""
+        if self.grid_scale is None:
+            return self._spline(z)
+        if not self.is_calibrated:
+            if self.training:
+                calibration.observe(self, z)
+            # Every parameter takes part, as data parallelism wants it.
+            nothing = 0 * torch.cat(list(self.parameters())).sum()
+            return z + nothing.to(z.dtype)
+        return (self._spline(z / self.grid_scale) * self.grid_scale).to(z.dtype)
+
+    def _spline(self, z: Tensor) -> Tensor:
         return spline(
             z,
             self.weight,
@@ -113,6 +159,7 @@ class Spline(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._restore_fp32()
+        self._calibrated = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def _restore_fp32(self) -> None:
@@ -122,7 +169,7 @@ class Spline(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        penalty.track(self)
+        self._track()
 
 
 @torch.no_grad()

@@ -94,8 +94,8 @@ class _Piecewise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        backend = _backend(grad_output, ctx.saved_tensors[1].dtype)
-        gradients = backend.backward(grad_output, *ctx.saved_tensors, *ctx.shape)
+        saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
+        gradients = _backend(grad_output, saved[1].dtype).backward(grad_output, *saved, *ctx.shape)
         return *gradients, None, None, None
 
 

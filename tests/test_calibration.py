@@ -1,0 +1,165 @@
+"""Grids on the scale of z: what is measured, when it takes effect, and that nothing moves at that moment."""
+
+import copy
+import io
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lslora import LSLoraConfig, Spline
+from lslora.diagnostics import live_intervals, observe_occupancy, spline_records
+
+STEPS = 4
+
+
+def made(config_class=LSLoraConfig, **settings):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    if config_class is LSLoraConfig:
+        settings = {"calibration_steps": STEPS, "extrapolation": "linear", **settings}
+    return get_peft_model(net, config_class(r=4, lora_alpha=8, target_modules=["0", "2"], **settings))
+
+
+def splines(model):
+    return [module for module in model.modules() if isinstance(module, Spline)]
+
+
+def batches(count=12):
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(32, 8, generator=generator), torch.randn(32, 3, generator=generator)) for _ in range(count)]
+
+
+def train(model, rows, lr=1e-2, forward=None, after_step=None):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    losses = []
+    for x, y in rows:
+        loss = ((forward or model)(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if after_step:
+            after_step()
+    return losses
+
+
+@pytest.mark.parametrize("placement", ["output", "bottleneck", "weight"])
+def test_until_then_it_is_plain_lora_and_at_that_moment_nothing_moves(placement):
+    plain, ours = made(LoraConfig), made(placement=placement)
+    rows = batches()
+    assert train(ours, rows[:STEPS]) == pytest.approx(train(plain, rows[:STEPS]), rel=1e-6)
+    assert all(spline.is_calibrated for spline in splines(ours))
+    x = rows[-1][0]
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-6)
+
+
+def test_the_grid_ends_at_the_mean_quantile_of_what_was_seen():
+    model = made(placement="bottleneck", k_min=-1.0, k_max=2.0)
+    spline = splines(model)[0]
+    seen = []
+    spline.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().abs().flatten()))
+    train(model, batches(STEPS))
+    expected = torch.stack([z.quantile(0.99) for z in seen]).mean()
+    assert spline.grid_scale.item() * 2.0 == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_zero_updates_are_not_counted():
+    model = made(placement="output")
+    spline = splines(model)[0]
+    seen = []
+    spline.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().abs().flatten()))
+    train(model, batches(STEPS))
+    assert not seen[0].any()  # B = 0
+    expected = torch.stack([z.quantile(0.99) for z in seen[1:]]).mean()
+    assert spline.grid_scale.item() * 3.0 == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_spline_learns_afterwards_and_only_then():
+    model = made(placement="bottleneck")
+    before = []
+    train(model, batches(), after_step=lambda: before.append(splines(model)[0].weight.abs().sum().item()))
+    assert before[:STEPS] == [0.0] * STEPS
+    assert all(moved > 0 for moved in before[STEPS:])
+    scale = splines(model)[0].grid_scale.clone()
+    train(model, batches())
+    assert torch.equal(splines(model)[0].grid_scale, scale)
+
+
+def test_stretching_is_a_change_of_units():
+    model = made(placement="output")
+    spline = splines(model)[0]
+    spline.calibrate(0.3)
+    spline.values = torch.tensor([-2.0, -1.0, 0.5, 2.0, 3.5])
+    plain = copy.deepcopy(spline)
+    plain.grid_scale = None
+    z = torch.randn(100)
+    torch.testing.assert_close(spline(z), 0.1 * plain(z / 0.1))
+
+
+def test_occupancy_is_counted_on_the_stretched_grid():
+    model = made(placement="bottleneck")
+    train(model, batches())
+    seen = []
+    for spline in splines(model):
+        spline.register_forward_pre_hook(lambda spline, args: seen.append(args[0].detach() / spline.grid_scale))
+    with observe_occupancy(model) as occupancy:
+        model(torch.randn(1000, 8))
+    for record, t in zip(spline_records(model, occupancy=occupancy), seen, strict=True):
+        expected = [((t >= low) & (t < low + 1.5)).float().mean().item() for low in (-3.0, -1.5, 0.0, 1.5)]
+        assert record["occupancy"][1:-1] == pytest.approx(expected, abs=1e-6)
+        assert live_intervals(record) == 1.0
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_makes_no_difference(use_reentrant):
+    plain, repeated = made(placement="bottleneck"), made(placement="bottleneck")
+
+    def forward(x):
+        return checkpoint(repeated, x.requires_grad_(), use_reentrant=use_reentrant)
+
+    rows = batches()
+    losses = train(plain, rows)
+    assert train(repeated, [(x.clone(), y) for x, y in rows], forward=forward) == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_saved_grid_is_loaded_and_not_measured_again(tmp_path):
+    model = made(placement="bottleneck")
+    train(model, batches())
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    again = PeftModel.from_pretrained(net, tmp_path, is_trainable=True)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(again(x), model(x))
+    scales = [spline.grid_scale.clone() for spline in splines(again)]
+    train(again, batches())
+    assert all(torch.equal(s.grid_scale, scale) for s, scale in zip(splines(again), scales, strict=True))
+
+
+def test_copies_and_pickles_keep_waiting():
+    model = made(placement="bottleneck")
+    torch.save(model, buffer := io.BytesIO())
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        train(other, batches())
+        assert all(spline.is_calibrated for spline in splines(other))
+    assert not any(spline.is_calibrated for spline in splines(model))
+
+
+def test_evaluation_measures_nothing():
+    model = made(placement="bottleneck").eval()
+    model(torch.full((4, 8), 100.0))
+    model.train()
+    train(model, batches())
+    assert all(spline.grid_scale.item() < 10 for spline in splines(model))
+
+
+def test_wrong_calibrations_raise():
+    with pytest.raises(ValueError, match="calibration_steps > 0"):
+        splines(made(calibration_steps=0))[0].calibrate(1.0)
+    for end in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be a positive number"):
+            splines(made())[0].calibrate(end)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
-from torch.nn.functional import gelu, leaky_relu, linear
+from torch.nn.functional import gelu, leaky_relu, linear, softshrink
 from torch.optim import Optimizer
 
 QUANTILE = 0.99
@@ -30,6 +30,7 @@ FIXED = {
     "gelu": lambda t: gelu(4 * t) / 4,
     "tanh": lambda t: t.tanh(),
     "sinh": lambda t: (2 * t).sinh() / 2,
+    "dead_zone": lambda t: softshrink(t, 0.25),
     "clip": lambda t: t.clamp(-1, 1),
     "sine": lambda t: (math.pi * t).sin() / math.pi,
     "wave": lambda t: t + (2 * math.pi * t).sin() / (2 * math.pi),

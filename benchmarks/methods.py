@@ -23,7 +23,7 @@ PLAIN = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 def attach(model: Any, method: dict[str, Any], r: int) -> Any:
     """A peft model with the method's adapter of rank `r + extra_rank` on every linear layer but the output's.
 
-    `lora_alpha` is 2 r, as in the reference recipe, whatever the extra rank; no dropout, no bias.
+    `lora_alpha` is `alpha_ratio` r, 2 as in the reference recipe, whatever the extra rank; no dropout, no bias.
 
     Raises:
         ValueError: `method` has a kind or an option that is not known.
@@ -31,7 +31,7 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
     options = {name: value for name, value in method.items() if name not in NOT_OPTIONS}
     shared = {
         "r": r + options.pop("extra_rank", 0),
-        "lora_alpha": 2 * r,
+        "lora_alpha": options.pop("alpha_ratio", 2) * r,
         "lora_dropout": 0.0,
         "target_modules": "all-linear",
         "task_type": "CAUSAL_LM",

@@ -12,6 +12,7 @@ the number `width` itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ FIXED = {
 class Form(nn.Module):
     """`output_scale · σ ψ(z / σ)`: ψ is a named shape plus, with `knots`, a learnable piecewise linear function."""
 
-    def __init__(self, channels: int, width: float, shape: str, knots: int, learns: list[str], calibrated: bool):
+    def __init__(self, channels: int, width: float, shape: str, knots: int, learns: Collection[str], calibrated: bool):
         super().__init__()
         self.shape, self.width, self.calibrated = FIXED[shape], width, calibrated
         self.register_buffer("sigma", torch.zeros(channels) if calibrated else torch.full((1,), width))
@@ -87,13 +88,13 @@ def attach_forms(
     shape: str = "identity",
     width: float = 1.0,
     knots: int = 0,
-    learns: list[str] | None = None,
+    learns: Collection[str] = (),
     per_channel: bool = False,
 ) -> None:
     """Send the update of every plain LoRA layer in `model` through a form of its own."""
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
         channels = layer.r["default"] if per_channel else 1
-        layer.lora_form = Form(channels, width, shape, knots, learns or [], placement == "bottleneck")
+        layer.lora_form = Form(channels, width, shape, knots, learns, placement == "bottleneck")
         layer.lora_variant["default"] = FormVariant(placement)
 
 

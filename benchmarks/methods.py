@@ -43,7 +43,7 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
         return get_peft_model(model, LoraConfig(**shared, **PLAIN[kind]))
     if kind == "form":
         peft_model = get_peft_model(model, LoraConfig(**shared))
-        attach_forms(peft_model, **options)
+        attach_forms(peft_model, **options, learns=method.get("learns", ()))
         return peft_model
     if kind != "lslora":
         raise ValueError(f"kind must be one of {(*PLAIN, 'lslora')}, got {kind!r}")

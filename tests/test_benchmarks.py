@@ -2,6 +2,8 @@
 
 import json
 import math
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,3 +272,94 @@ def test_results_are_whole_files(plan, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(f"{run.id}.json" for run in runs)
     for path in (tmp_path / "out").iterdir():
         json.loads(path.read_text())
+
+
+def adapted_by(method, r=2):
+    from benchmarks.methods import attach
+
+    torch.manual_seed(0)
+    return attach(tiny_llama(), method, r)
+
+
+def trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("method", "added_per_layer"),
+    [
+        ({"kind": "lslora"}, 7),
+        ({"kind": "lslora", "num_knots": 9, "learns": ["weight"]}, 9),
+        ({"kind": "lslora", "learns": ["output_scale_offset"]}, 1),
+        ({"kind": "lslora", "learns": []}, 0),
+        ({"kind": "form", "placement": "weight", "shape": "sine"}, 0),
+        ({"kind": "form", "placement": "bottleneck", "knots": 5, "learns": ["offsets"], "per_channel": True}, 10),
+        ({"kind": "rslora"}, 0),
+    ],
+)
+def test_methods_train_what_they_say(method, added_per_layer):
+    plain = trained(adapted_by({"kind": "lora"}))
+    assert trained(adapted_by(method)) == plain + 28 * added_per_layer  # 4 blocks of 7 linear layers
+
+
+def test_extra_rank_keeps_the_scaling_of_alpha_over_r():
+    model = adapted_by({"kind": "lora", "extra_rank": 1})
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (3, 4)
+
+
+def test_unknown_methods_and_options_raise():
+    with pytest.raises(ValueError, match="kind must be one of .*, got 'lorra'"):
+        adapted_by({"kind": "lorra"})
+    with pytest.raises(ValueError, match="lora takes no options, got \\['num_knots'\\]"):
+        adapted_by({"kind": "lora", "num_knots": 5})
+
+
+@pytest.mark.parametrize("placement", ["output", "bottleneck", "weight"])
+@pytest.mark.parametrize(("shape", "function"), [("sine", lambda t: math.sin(math.pi * t) / math.pi), ("abs", abs)])
+def test_forms_in_closed_form(placement, shape, function):
+    from benchmarks.forms import Form
+
+    model = adapted_by({"kind": "form", "placement": placement, "shape": shape, "width": 0.5})
+    layer = model.get_decoder().layers[0].mlp.up_proj
+    a, b, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+    torch.nn.init.normal_(b)
+    x = torch.randn(5, 16)
+    assert isinstance(layer.lora_form, Form)
+    h = x @ a.T
+    sigma = 0.5 * h.abs().flatten().quantile(0.99).item() if placement == "bottleneck" else 0.5
+    phi = lambda z: (z / sigma).detach().double().apply_(function) * sigma  # noqa: E731
+    update = {
+        "output": lambda: phi(scaling * h @ b.T),
+        "bottleneck": lambda: scaling * phi(h) @ b.T.double(),
+        "weight": lambda: x.double() @ phi(scaling * b @ a).T,
+    }[placement]()
+    torch.testing.assert_close((layer(x) - layer.base_layer(x)).double(), update, rtol=1e-4, atol=1e-4)
+
+
+def test_defects_of_the_ablation_are_there_and_v7_is_the_method():
+    from lslora import Spline
+
+    _, runs = quality.read_plan(Path(quality.__file__).parent / "plans" / "ablation.toml")
+    methods = {run.name: run for run in runs}
+    first = next(m for m in adapted_by(methods["v0"].method).modules() if isinstance(m, Spline))
+    grid = torch.linspace(-1, 1, 5)
+    torch.testing.assert_close(first.values, grid + 0.2 * torch.sin(math.pi * grid))
+    assert first.output_scale.item() == pytest.approx(0.1)
+    assert first.interpolation_method == "soft" and first.spline_reg_weight == 1e-4
+    torch.testing.assert_close(first(torch.full((3,), 50.0)), first(torch.full((3,), 5.0)))  # tanh
+    last = next(m for m in adapted_by(methods["v7"].method).modules() if isinstance(m, Spline))
+    plain = next(m for m in adapted_by({"kind": "lslora"}).modules() if isinstance(m, Spline))
+    assert str(last) == str(plain) and last.spline_reg_weight == plain.spline_reg_weight
+    assert {run.lr for run in runs if run.name in ("v7", "lora")} == {2e-4}
+    assert [run.name for run in runs] == [*(f"v{i}" for i in range(8)), "lora"]
+
+
+def test_every_version_of_the_ablation_differs_from_the_one_before_in_one_thing():
+    _, runs = quality.read_plan(Path(quality.__file__).parent / "plans" / "ablation.toml")
+    for before, after in pairwise(runs[:8]):
+        flat = [{**r.method, **r.method.get("defects", {}), "lr": r.lr} for r in (before, after)]
+        for options in flat:
+            options.pop("defects", None)
+        changed = {k for k in flat[0].keys() | flat[1].keys() if flat[0].get(k) != flat[1].get(k)}
+        assert len(changed - {"k_min", "k_max"}) + ("k_min" in changed) == 1, (before.name, after.name, changed)

@@ -125,6 +125,27 @@ def test_properties_and_stored_parameters():
         spline.values = torch.zeros(5)
 
 
+def test_fixed_scales_are_one_and_take_no_parameters(tmp_path):
+    model = adapted(LSLoraConfig, learn_scales=False, num_knots=9)
+    assert splines(model)[0].input_scale == splines(model)[0].output_scale == 1
+    for spline in splines(model):
+        assert [name for name, _ in spline.named_parameters()] == ["weight"]
+        spline.values = spline.grid + torch.randn(9)
+    for name in ("input_scale", "output_scale"):
+        with pytest.raises(ValueError, match=f"{name} is fixed at 1 with learn_scales=False"):
+            setattr(splines(model)[0], name, 2.0)
+    free = adapted(LSLoraConfig, num_knots=9)
+    for fixed, learned in zip(splines(model), splines(free), strict=True):
+        learned.values = fixed.values
+    x = torch.randn(20, 8)
+    torch.testing.assert_close(model(x), free(x))
+    model(x).sum().backward()
+    assert all(spline.weight.grad.abs().sum() > 0 for spline in splines(model))
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path)(x), model(x))
+
+
 def test_splines_are_counted_and_trained(capsys):
     plain, ours = adapted(LoraConfig), adapted(LSLoraConfig, num_knots=9)
     trainable = [model.get_nb_trainable_parameters()[0] for model in (plain, ours)]

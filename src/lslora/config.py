@@ -32,6 +32,8 @@ class LSLoraConfig(LoraConfig):
         num_knots: Number of knots of φ, ≥ 2. A layer gets `num_knots + 2` parameters on top of LoRA's.
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`; the knots lie evenly spaced between the two.
+        learn_scales: Whether `input_scale` and `output_scale` are learned; else both are 1, and a layer gets `num_knots`
+            parameters.
         calibration_steps: ≥ 0. With 0 the grid stays at [k_min, k_max]. Otherwise it is stretched, for each layer, so
             that its farther end lies at the 99 % quantile of |z| over the first so many optimizer steps, during which
             the layer is plain LoRA; then it is kept and saved. `k_min` and `k_max` then give its proportions only.
@@ -54,6 +56,9 @@ class LSLoraConfig(LoraConfig):
     num_knots: int = field(default=5, metadata={"help": "Number of knots of the spline, at least 2."})
     k_min: float = field(default=-3.0, metadata={"help": "Position of the first knot."})
     k_max: float = field(default=3.0, metadata={"help": "Position of the last knot, greater than k_min."})
+    learn_scales: bool = field(
+        default=True, metadata={"help": "Whether the spline's input scale and output scale are learned, or 1."}
+    )
     calibration_steps: int = field(
         default=0, metadata={"help": "Optimizer steps over which each layer's grid is measured; 0 for a fixed grid."}
     )
@@ -89,6 +94,8 @@ class LSLoraConfig(LoraConfig):
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
+        if not isinstance(self.learn_scales, bool):
+            raise TypeError(f"learn_scales must be True or False, got {self.learn_scales!r}")
         if self.k_min >= self.k_max:
             raise ValueError(f"k_min must be smaller than k_max, got k_min={self.k_min} and k_max={self.k_max}")
         if self.spline_reg_weight < 0:

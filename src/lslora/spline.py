@@ -26,6 +26,7 @@ class Spline(nn.Module):
     | `output_scale_offset` | (1,) | `output_scale − 1` |
     | `grid_scale`, a buffer | (1,) | σ of `calibration_steps`; 0 before; None without |
 
+    The two scales are None with `learn_scales=False`.
     With `calibration_steps` the whole function is stretched: `σ · spline(z / σ)`, with σ such that the grid's farther
     end lies at the 99 % quantile of |z|. Until σ is known the spline is the identity and does not learn.
 
@@ -43,11 +44,11 @@ class Spline(nn.Module):
         self.soft_temperature = float(config.soft_temperature)
         self.spline_reg_weight = float(config.spline_reg_weight)
         # FSDP's wrapping policy for peft looks for trainable leaves by the name `weight`.
-        self.weight = nn.Parameter(torch.zeros(config.num_knots, dtype=torch.float32))
-        self.input_scale_offset = nn.Parameter(torch.zeros(1, dtype=torch.float32))
-        self.output_scale_offset = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+        self.weight = nn.Parameter(_zeros(config.num_knots))
+        self.input_scale_offset = nn.Parameter(_zeros(1)) if config.learn_scales else None
+        self.output_scale_offset = nn.Parameter(_zeros(1)) if config.learn_scales else None
         self.calibration_steps = config.calibration_steps
-        self.register_buffer("grid_scale", torch.zeros(1) if config.calibration_steps else None)
+        self.register_buffer("grid_scale", _zeros(1) if config.calibration_steps else None)
         self._calibrated: bool | None = False
         self._track()
 
@@ -73,7 +74,7 @@ class Spline(nn.Module):
     @property
     def input_scale(self) -> Tensor:
         """Factor on φ's argument, (1,) fp32."""
-        return 1 + self.input_scale_offset
+        return _scale(self.input_scale_offset, self.weight)
 
     @input_scale.setter
     def input_scale(self, scale: Tensor | float) -> None:
@@ -82,7 +83,7 @@ class Spline(nn.Module):
     @property
     def output_scale(self) -> Tensor:
         """Factor on φ's value, (1,) fp32."""
-        return 1 + self.output_scale_offset
+        return _scale(self.output_scale_offset, self.weight)
 
     @output_scale.setter
     def output_scale(self, scale: Tensor | float) -> None:
@@ -172,9 +173,22 @@ class Spline(nn.Module):
         self._track()
 
 
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.float32)
+
+
+def _scale(offset: nn.Parameter | None, like: Tensor) -> Tensor:
+    """A scale from its stored deviation, (1,); without one, 1."""
+    return like.new_ones(1) if offset is None else 1 + offset
+
+
 @torch.no_grad()
-def _assign(parameter: nn.Parameter, name: str, value: Tensor | list[float] | float, identity: Tensor | int) -> None:
+def _assign(
+    parameter: nn.Parameter | None, name: str, value: Tensor | list[float] | float, identity: Tensor | int
+) -> None:
     """Store a value as its deviation from the identity."""
+    if parameter is None:
+        raise ValueError(f"{name} is fixed at 1 with learn_scales=False")
     new = torch.atleast_1d(torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device))
     if new.shape != parameter.shape:
         raise ValueError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(new.shape)}")

@@ -32,8 +32,8 @@ class LSLoraConfig(LoraConfig):
         num_knots: Number of knots of φ, ≥ 2. A layer gets `num_knots + 2` parameters on top of LoRA's.
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`; the knots lie evenly spaced between the two.
-        learn_scales: Whether `input_scale` and `output_scale` are learned; else both are 1, and a layer gets `num_knots`
-            parameters.
+        learn_scales: Whether `input_scale` and `output_scale` are learned; else both are 1, and a layer gets
+            `num_knots` parameters.
         calibration_steps: ≥ 0. With 0 the grid stays at [k_min, k_max]. Otherwise it is stretched, for each layer, so
             that its farther end lies at the 99 % quantile of |z| over the first so many optimizer steps, during which
             the layer is plain LoRA; then it is kept and saved. `k_min` and `k_max` then give its proportions only.

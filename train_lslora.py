@@ -54,11 +54,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--target_modules", nargs="+", default=["all-linear"])
 
     group = parser.add_argument_group("spline (--method lslora)")
+    group.add_argument("--placement", choices=("output", "bottleneck", "weight"), default="output")
     group.add_argument("--num_knots", type=int, default=5)
     group.add_argument("--k_min", type=float, default=-3.0)
     group.add_argument("--k_max", type=float, default=3.0)
     group.add_argument("--interpolation_method", choices=("piecewise", "soft"), default="piecewise")
     group.add_argument("--extrapolation", choices=("clamp", "linear"), default="clamp")
+    group.add_argument("--learn_scales", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--calibration_steps", type=int, default=0, help="steps that measure each grid; 0: fixed grid")
     group.add_argument("--spline_reg_weight", type=float, default=0.01)
 
     group = parser.add_argument_group("memory and machine")
@@ -192,11 +195,14 @@ def adapter_config(args: argparse.Namespace) -> Any:
         return LoraConfig(**lora)
     return LSLoraConfig(
         **lora,
+        placement=args.placement,
         num_knots=args.num_knots,
         k_min=args.k_min,
         k_max=args.k_max,
         interpolation_method=args.interpolation_method,
         extrapolation=args.extrapolation,
+        learn_scales=args.learn_scales,
+        calibration_steps=args.calibration_steps,
         spline_reg_weight=args.spline_reg_weight,
     )
 

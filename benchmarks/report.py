@@ -17,12 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import ttest_rel
 
+from lslora.diagnostics import AVERAGED, live_intervals, plot_splines
+
 Record = dict[str, Any]
 Cell = dict[float, dict[int, Record]]  # learning rate → seed → record
 
 EVEN, ODD = 0, 1
 METRICS = {"nll": "nats per completion token, less is better", "accuracy": "per cent right, more is better"}
 SMOOTHING = 8
+LIVE = 0.8  # a layer is live if this share of its intervals holds 1 % of the elements of z
 
 
 class Difference(NamedTuple):
@@ -36,13 +39,18 @@ class Difference(NamedTuple):
 
 
 def report(records: list[Record], folder: Path, baseline: str = "lora") -> None:
-    """Print the tables, and save `learning_rates.png`, `differences.png` and `learning_curves.png` in `folder`."""
+    """Print the tables; save `learning_rates.png`, `differences.png`, `learning_curves.png`, `splines_*.png`."""
     console = Console(width=140)
     cells = group(records)
     metrics = [m for m in METRICS if all(m in r.get("validation", {m: 0}) for r in records)]
     for metric in metrics:
         console.print(rate_table(cells, metric))
         console.print(difference_table(cells, metric, baseline))
+    console.print(spline_table(cells))
+    for (r, name), cell in cells.items():
+        record = next(iter(cell[best_rate(cell)].values()))
+        if "splines" in record:
+            plot_splines(record["splines"], folder / f"splines_{name}_r{r}.png")
     plot_rates(cells, folder / "learning_rates.png")
     plot_differences(cells, metrics, baseline, folder / "differences.png")
     plot_curves(cells, folder / "learning_curves.png")
@@ -125,6 +133,21 @@ def difference_table(cells: dict[tuple[int, str], Cell], metric: str, baseline: 
         d = difference(cell, other, metric) if other and name != baseline else None
         row += [f"{d.mean:+.4f}", f"[{d.low:+.4f}, {d.high:+.4f}]", f"{d.p:.2g}"] if d else ["", "", ""]
         table.add_row(*row)
+    return table
+
+
+def spline_table(cells: dict[tuple[int, str], Cell]) -> Table:
+    """What the splines of every method look like at its best learning rate, averaged over layers and seeds."""
+    table = Table(title="splines, each method at its best learning rate")
+    for heading in ("r", "method", "deviation", "slope variance", "input scale", "output scale", "live layers"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for (r, name), cell in sorted(cells.items()):
+        layers = [layer for record in cell[best_rate(cell)].values() for layer in record.get("splines", ())]
+        if layers:
+            means = [fmean(layer[key] for layer in layers) for key in AVERAGED]
+            shares = [live for live in map(live_intervals, layers) if live is not None]
+            live = f"{fmean(share >= LIVE for share in shares):.0%}" if shares else "-"
+            table.add_row(str(r), name, *(f"{mean:.4f}" for mean in means), live)
     return table
 
 

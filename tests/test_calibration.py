@@ -56,25 +56,39 @@ def test_until_then_it_is_plain_lora_and_at_that_moment_nothing_moves(placement)
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-6)
 
 
-def test_the_grid_ends_at_the_mean_quantile_of_what_was_seen():
-    model = made(placement="bottleneck", k_min=-1.0, k_max=2.0)
-    spline = splines(model)[0]
+def watched(model):
+    """A list that fills with the quantiles of |z| that the first spline is given."""
     seen = []
-    spline.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().abs().flatten()))
-    train(model, batches(STEPS))
-    expected = torch.stack([z.quantile(0.99) for z in seen]).mean()
-    assert spline.grid_scale.item() * 2.0 == pytest.approx(expected.item(), rel=1e-6)
+    splines(model)[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().abs().quantile(0.99)))
+    return seen
 
 
-def test_zero_updates_are_not_counted():
-    model = made(placement="output")
-    spline = splines(model)[0]
-    seen = []
-    spline.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().abs().flatten()))
+@pytest.mark.parametrize("placement", ["output", "bottleneck", "weight"])
+def test_the_grid_ends_at_the_quantile_of_the_last_calibration_step(placement):
+    model = made(placement=placement, k_min=-1.0, k_max=2.0)
+    seen = watched(model)
     train(model, batches(STEPS))
-    assert not seen[0].any()  # B = 0
-    expected = torch.stack([z.quantile(0.99) for z in seen[1:]]).mean()
-    assert spline.grid_scale.item() * 3.0 == pytest.approx(expected.item(), rel=1e-6)
+    assert len(seen) == STEPS
+    assert splines(model)[0].grid_scale.item() * 2.0 == pytest.approx(seen[-1].item(), rel=1e-6)
+
+
+def test_micro_batches_of_that_step_are_averaged():
+    model = made(placement="bottleneck", calibration_steps=1)
+    seen = watched(model)
+    rows = batches(3)
+    train(model, rows[:1], forward=lambda x: sum(model(x) for x, _ in rows) / 3)
+    assert len(seen) == 3
+    assert splines(model)[0].grid_scale.item() * 3.0 == pytest.approx(torch.stack(seen).mean().item(), rel=1e-6)
+
+
+def test_calibration_waits_for_an_update_that_is_not_zero():
+    model = made(placement="output", calibration_steps=1)
+    seen = watched(model)
+    train(model, batches(1))
+    assert seen[0] == 0  # B = 0
+    assert not splines(model)[0].is_calibrated
+    train(model, batches(1))
+    assert splines(model)[0].grid_scale.item() * 3.0 == pytest.approx(seen[1].item(), rel=1e-6)
 
 
 def test_the_spline_learns_afterwards_and_only_then():

@@ -1,9 +1,10 @@
 """Grids on the scale of what they see: how far the knots of every layer reach is measured early on, then kept.
 
 A fresh adapter's update is zero and grows from layer to layer to very different sizes, so no fixed grid fits. While a
-spline is not calibrated it passes its input on unchanged and notes the 99 % quantile of |z|; after `calibration_steps`
-optimizer steps their mean becomes the grid's outer end (`Spline.grid_scale`), and the spline begins to learn. Its
-offsets are zero until then, so the change leaves the layer's function as it is within the grid.
+spline is not calibrated it passes its input on unchanged and notes the 99 % quantile of |z|. In the last of
+`calibration_steps` optimizer steps its mean over micro-batches becomes the grid's outer end (`Spline.grid_scale`), and
+the spline begins to learn. Its offsets are zero until then, so the change leaves the layer's function as it is within
+the grid.
 
 The change happens between two optimizer steps, never between a forward pass and its repetition under gradient
 checkpointing, and with the mean over all processes, so that data-parallel copies stay equal.
@@ -28,7 +29,7 @@ MAX_SAMPLE = 1 << 16  # elements of z a quantile is taken over
 
 
 class Sightings:
-    """What a spline has seen so far: quantiles of |z| and optimizer steps."""
+    """What a spline has seen so far: quantiles of |z| since the last optimizer step, and the count of steps."""
 
     def __init__(self, order: int) -> None:
         self.order = order  # the same in every process, unlike an address
@@ -67,6 +68,8 @@ def advance(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
             _waiting[spline].steps += 1
             if _waiting[spline].steps >= spline.calibration_steps:
                 due.append(spline)
+            else:
+                _waiting[spline].quantiles.clear()
     if not due:
         return
     for spline, quantile in zip(due, _mean_over_processes(due), strict=True):
@@ -77,9 +80,10 @@ def advance(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
 
 def _mean_over_processes(splines: list[Spline]) -> Tensor:
     """Mean quantile of every spline, (len(splines),) fp32; zero where none was seen."""
+    device = splines[0].weight.device
     seen = [_waiting[spline].quantiles for spline in splines]
-    sums = torch.stack([torch.stack(q).sum() if q else torch.zeros(()) for q in seen]).to(splines[0].weight.device)
-    counts = torch.tensor([len(q) for q in seen], dtype=torch.float32, device=sums.device)
+    sums = torch.stack([torch.stack(q).sum().to(device) if q else torch.zeros((), device=device) for q in seen])
+    counts = torch.tensor([len(q) for q in seen], dtype=torch.float32, device=device)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(sums)
         distributed.all_reduce(counts)

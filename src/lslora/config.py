@@ -37,7 +37,7 @@ class LSLoraConfig(LoraConfig):
         learn_scales: Whether `input_scale` and `output_scale` are learned; else both are 1, and a layer gets
             `num_knots` parameters.
         calibration_steps: ≥ 0. With 0 the grid stays at [k_min, k_max]. Otherwise it is stretched, for each layer, so
-            that its farther end lies at the 99 % quantile of |z| over the first so many optimizer steps, during which
+            that its farther end lies at the 99 % quantile of |z| in the last of so many optimizer steps, during which
             the layer is plain LoRA; then it is kept and saved. `k_min` and `k_max` then give its proportions only.
         spline_reg_weight: ≥ 0. The penalty `spline_reg_weight · Σ_layers mean_i (v_i − k_i)²`, summed over layers,
             pulls the knot heights towards the identity. Its gradient reaches every optimizer step (see

@@ -39,11 +39,23 @@ FIXED = {
 
 
 class Form(nn.Module):
-    """`output_scale · σ ψ(z / σ)`: ψ is a named shape plus, with `knots`, a learnable piecewise linear function."""
+    """`output_scale · σ ψ(z / σ)`: ψ is a named shape plus, with `knots`, a learnable piecewise linear function.
 
-    def __init__(self, channels: int, width: float, shape: str, knots: int, learns: Collection[str], calibrated: bool):
+    With `unit` the result stays in units of σ: `output_scale · ψ(z / σ)`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: float,
+        shape: str,
+        knots: int,
+        learns: Collection[str],
+        calibrated: bool,
+        unit: bool,
+    ) -> None:
         super().__init__()
-        self.shape, self.width, self.calibrated = FIXED[shape], width, calibrated
+        self.shape, self.width, self.calibrated, self.unit = FIXED[shape], width, calibrated, unit
         self.register_buffer("sigma", torch.zeros(channels) if calibrated else torch.full((1,), width))
         self.offsets = nn.Parameter(torch.zeros(channels, knots), requires_grad="offsets" in learns)
         self.output_scale = nn.Parameter(torch.ones(1), requires_grad="output_scale" in learns)
@@ -56,7 +68,7 @@ class Form(nn.Module):
         psi = self.shape(t)
         if self.offsets.shape[1] and self.offsets.requires_grad:
             psi = psi + self.bend(t)
-        return self.output_scale * self.sigma * psi
+        return self.output_scale * (psi if self.unit else self.sigma * psi)
 
     def bend(self, t: Tensor) -> Tensor:
         """Straight lines between learnable heights at knots evenly spaced on [−1, 1], constant beyond."""
@@ -90,11 +102,12 @@ def attach_forms(
     knots: int = 0,
     learns: Collection[str] = (),
     per_channel: bool = False,
+    unit: bool = False,
 ) -> None:
     """Send the update of every plain LoRA layer in `model` through a form of its own."""
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
         channels = layer.r["default"] if per_channel else 1
-        layer.lora_form = Form(channels, width, shape, knots, learns, placement == "bottleneck")
+        layer.lora_form = Form(channels, width, shape, knots, learns, placement == "bottleneck", unit)
         layer.lora_variant["default"] = FormVariant(placement)
 
 

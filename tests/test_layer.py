@@ -125,24 +125,6 @@ def test_properties_and_stored_parameters():
         spline.values = torch.zeros(5)
 
 
-@pytest.mark.parametrize(
-    ("k_min", "k_max", "num_knots"), [(-3.0, 3.0, 5), (-1.0, 2.0, 6), (0.0, 1.0, 3), (-1.0, 0.0, 4)]
-)
-def test_anchored_splines_pass_through_the_origin(k_min, k_max, num_knots):
-    settings = {"k_min": k_min, "k_max": k_max, "num_knots": num_knots}
-    anchored = splines(adapted(LSLoraConfig, anchor_zero=True, **settings))[0]
-    free = splines(adapted(LSLoraConfig, **settings))[0]
-    offsets = torch.randn(num_knots)
-    for spline in (anchored, free):
-        spline.values = spline.grid + offsets
-    zero, z = torch.zeros(4), torch.linspace(-2, 2, 41)
-    torch.testing.assert_close(anchored(zero), zero, rtol=0, atol=1e-6)
-    torch.testing.assert_close(anchored(z), free(z) - free(torch.zeros(())), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(anchored(anchored.grid), anchored.values, rtol=1e-5, atol=1e-6)
-    anchored(torch.zeros(50)).sum().backward()
-    torch.testing.assert_close(anchored.weight.grad, torch.zeros(num_knots))
-
-
 def test_fixed_scales_are_one_and_take_no_parameters(tmp_path):
     model = adapted(LSLoraConfig, learn_scales=False, num_knots=9)
     assert splines(model)[0].input_scale == splines(model)[0].output_scale == 1

@@ -32,8 +32,6 @@ class LSLoraConfig(LoraConfig):
         num_knots: Number of knots of φ, ≥ 2. A layer gets `num_knots + 2` parameters on top of LoRA's.
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`; the knots lie evenly spaced between the two.
-        anchor_zero: Whether φ(0) = 0 always. Otherwise the knot at 0 can lift φ as a whole: a bias equal in all output
-            features. Needs a grid that holds 0.
         learn_scales: Whether `input_scale` and `output_scale` are learned; else both are 1, and a layer gets
             `num_knots` parameters.
         calibration_steps: ≥ 0. With 0 the grid stays at [k_min, k_max]. Otherwise it is stretched, for each layer, so
@@ -58,7 +56,6 @@ class LSLoraConfig(LoraConfig):
     num_knots: int = field(default=5, metadata={"help": "Number of knots of the spline, at least 2."})
     k_min: float = field(default=-3.0, metadata={"help": "Position of the first knot."})
     k_max: float = field(default=3.0, metadata={"help": "Position of the last knot, greater than k_min."})
-    anchor_zero: bool = field(default=False, metadata={"help": "Whether the spline is held at 0 for 0."})
     learn_scales: bool = field(
         default=True, metadata={"help": "Whether the spline's input scale and output scale are learned, or 1."}
     )
@@ -97,11 +94,8 @@ class LSLoraConfig(LoraConfig):
                 raise TypeError(f"{name} must be a number, got {value!r}")
             if not math.isfinite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
-        for name in ("anchor_zero", "learn_scales"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.anchor_zero and not self.k_min <= 0 <= self.k_max:
-            raise ValueError(f"anchor_zero needs k_min <= 0 <= k_max, got k_min={self.k_min} and k_max={self.k_max}")
+        if not isinstance(self.learn_scales, bool):
+            raise TypeError(f"learn_scales must be True or False, got {self.learn_scales!r}")
         if self.k_min >= self.k_max:
             raise ValueError(f"k_min must be smaller than k_max, got k_min={self.k_min} and k_max={self.k_max}")
         if self.spline_reg_weight < 0:

@@ -209,7 +209,7 @@ def _named_splines(model: nn.Module, adapter_name: str) -> dict[str, Spline]:
 
 
 def _record(layer: str, spline: Spline) -> Record:
-    grid, offsets = spline.grid.cpu(), spline.offsets.detach().float().cpu()
+    grid, offsets = spline.grid.cpu(), spline.weight.detach().float().cpu()
     slopes = (grid + offsets).diff() / grid.diff()
     return {
         "layer": layer,

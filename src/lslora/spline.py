@@ -41,7 +41,6 @@ class Spline(nn.Module):
         self.k_max = float(config.k_max)
         self.interpolation_method = config.interpolation_method
         self.extrapolation = config.extrapolation
-        self.anchor_zero = config.anchor_zero
         self.soft_temperature = float(config.soft_temperature)
         self.spline_reg_weight = float(config.spline_reg_weight)
         # FSDP's wrapping policy for peft looks for trainable leaves by the name `weight`.
@@ -64,20 +63,9 @@ class Spline(nn.Module):
         return torch.linspace(self.k_min, self.k_max, len(self.weight), device=self.weight.device)
 
     @property
-    def offsets(self) -> Tensor:
-        """`v_i − k_i`, (K,) fp32: what is stored, shifted to φ(0) = 0 if `anchor_zero`."""
-        return self.weight - self._at_zero(self.weight) if self.anchor_zero else self.weight
-
-    def _at_zero(self, heights: Tensor) -> Tensor:
-        """Straight lines through (K,) heights at the knots, at 0."""
-        position = -self.k_min / (self.k_max - self.k_min) * (len(heights) - 1)
-        left = min(int(position), len(heights) - 2)
-        return torch.lerp(heights[left], heights[left + 1], position - left)
-
-    @property
     def values(self) -> Tensor:
         """Knot heights `v_i`, (K,) fp32."""
-        return self.grid + self.offsets
+        return self.grid + self.weight
 
     @values.setter
     def values(self, values: Tensor | list[float]) -> None:
@@ -137,7 +125,7 @@ class Spline(nn.Module):
     def _spline(self, z: Tensor) -> Tensor:
         return spline(
             z,
-            self.offsets,
+            self.weight,
             self.input_scale,
             self.output_scale,
             k_min=self.k_min,

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lslora import LSLoraConfig, Spline
+from lslora import LSLoraConfig, Spline, spline_penalty
 from lslora.diagnostics import live_intervals, observe_occupancy, spline_records
 
 STEPS = 4
@@ -111,6 +111,20 @@ def test_stretching_is_a_change_of_units():
     plain.grid_scale = None
     z = torch.randn(100)
     torch.testing.assert_close(spline(z), 0.1 * plain(z / 0.1))
+
+
+def test_the_penalty_is_on_heights_in_the_unit_of_z():
+    model = made(spline_reg_weight=0.5)
+    for spline in splines(model):
+        spline.calibrate(0.3)  # σ = 0.1
+        spline.values = spline.grid + torch.tensor([1.0, 0.0, -2.0, 0.0, 0.5])
+        spline.weight.grad = torch.zeros(5)
+    penalty = spline_penalty(model)
+    assert penalty.item() == pytest.approx(2 * 0.5 * 0.01 * (1 + 4 + 0.25) / 5)
+    expected = torch.autograd.grad(penalty, [spline.weight for spline in splines(model)])
+    torch.optim.SGD([spline.weight for spline in splines(model)], lr=0.0).step()
+    for spline, gradient in zip(splines(model), expected, strict=True):
+        torch.testing.assert_close(spline.weight.grad, gradient)
 
 
 def test_occupancy_is_counted_on_the_stretched_grid():

@@ -35,7 +35,8 @@ def spline_penalty(model: nn.Module) -> Tensor:
     """
     from .spline import Spline
 
-    terms = [s.spline_reg_weight * s.weight.square().mean() for s in model.modules() if isinstance(s, Spline)]
+    splines = [module for module in model.modules() if isinstance(module, Spline)]
+    terms = [s.spline_reg_weight * _in_unit_of_z(s, s.weight).square().mean() for s in splines]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
@@ -43,13 +44,20 @@ def spline_penalty(model: nn.Module) -> Tensor:
 def add_gradients(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
     """Add `2 · spline_reg_weight / K · (v_i − k_i)` to the gradient of every knot that `optimizer` is about to step.
 
-    Knots without a gradient (frozen, or not used since the last step) are left alone.
+    On a stretched grid (`calibration_steps`) heights are `σ v_i`, so the gradient has a factor of σ². Knots without a
+    gradient (frozen, or not used since the last step) are left alone.
     """
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for spline in _splines:
         weight = spline.weight
         if spline.spline_reg_weight and weight.grad is not None and id(weight) in stepped:
-            weight.grad.add_(weight, alpha=2 * spline.spline_reg_weight / len(weight))
+            pull = _in_unit_of_z(spline, _in_unit_of_z(spline, weight))
+            weight.grad.add_(pull, alpha=2 * spline.spline_reg_weight / len(weight))
+
+
+def _in_unit_of_z(spline: Spline, heights: Tensor) -> Tensor:
+    """Heights on the spline's grid as heights in the unit of what it is applied to."""
+    return heights if spline.grid_scale is None else heights * spline.grid_scale
 
 
 @cache

@@ -33,12 +33,13 @@ class Setting:
     """What all runs of a plan share.
 
     Args:
-        model: `smollm2`, a hub id or a local folder.
+        model: `smollm2`, a hub id, or a folder in the data's folder.
         train: Rows to train on, see `lslora.data.load_rows`.
         validation: Rows to measure.
         first_layer: Layers below it are not adapted.
         max_tokens: Longer rows are left out, prompt and completion together.
-        validation_rows: At most so many, the first ones.
+        train_rows: At most so many, spread evenly over the file.
+        validation_rows: At most so many, spread evenly over the file.
         steps: Optimizer steps.
         batch_size: Rows a step.
         warmup_steps: Steps over which the learning rate rises; it falls linearly to 0 afterwards.
@@ -50,6 +51,7 @@ class Setting:
     validation: str
     first_layer: int = 0
     max_tokens: int = 128
+    train_rows: int | None = None
     validation_rows: int | None = None
     steps: int = 60
     batch_size: int = 8
@@ -77,11 +79,12 @@ class Bench:
 
     def __init__(self, setting: Setting, data: Path) -> None:
         self.setting, self.commit = setting, commit()
-        name = resolve_model_name(setting.model)
+        local = data / setting.model
+        name = str(local) if local.is_dir() else resolve_model_name(setting.model)
         self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        self.train = load_examples(data / setting.train, tokenizer, setting.max_tokens)
+        self.train = load_examples(data / setting.train, tokenizer, setting.max_tokens, setting.train_rows)
         self.validation = load_examples(
             data / setting.validation, tokenizer, setting.max_tokens, setting.validation_rows
         )

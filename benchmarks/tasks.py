@@ -27,9 +27,11 @@ Example = dict[str, Any]
 
 
 def load_examples(path: Path, tokenizer: Any, max_tokens: int, max_rows: int | None = None) -> list[Example]:
-    """The first `max_rows` rows of a file that have at most `max_tokens` tokens, as `encode` returns them."""
+    """`max_rows` of a file's rows of at most `max_tokens` tokens, spread evenly over them, as `encode` returns them."""
     examples = [encode(row, tokenizer) for row in load_rows(path)]
-    return [example for example in examples if len(example["input_ids"]) < max_tokens][:max_rows]
+    examples = [example for example in examples if len(example["input_ids"]) < max_tokens]
+    count = min(max_rows or len(examples), len(examples))
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def encode(row: Row, tokenizer: Any) -> Example:

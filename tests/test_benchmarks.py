@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import quality, report
 from benchmarks.runs import Run
-from benchmarks.tasks import IGNORED, Prefix, collate, completion_logits, encode, evaluate
+from benchmarks.tasks import IGNORED, Prefix, collate, completion_logits, encode, evaluate, load_examples
 
 
 def tiny_llama():
@@ -363,3 +363,17 @@ def test_every_version_of_the_ablation_differs_from_the_one_before_in_one_thing(
             options.pop("defects", None)
         changed = {k for k in flat[0].keys() | flat[1].keys() if flat[0].get(k) != flat[1].get(k)}
         assert len(changed - {"k_min", "k_max"}) + ("k_min" in changed) == 1, (before.name, after.name, changed)
+
+
+def test_rows_are_spread_over_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {**QUESTION, "instruction": f"{'long ' * (i % 2) * 40} {i}\n\nAnswer format: true/false"} for i in range(20)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = Words()
+    every = load_examples(path, tokenizer, max_tokens=30)
+    assert len(every) == 10
+    assert all(len(example["input_ids"]) < 30 for example in every)
+    some = load_examples(path, tokenizer, max_tokens=30, max_rows=5)
+    assert [e["input_ids"].tolist() for e in some] == [e["input_ids"].tolist() for e in every[::2]]

@@ -27,7 +27,7 @@ Example = dict[str, Any]
 
 
 def load_examples(path: Path, tokenizer: Any, max_tokens: int, max_rows: int | None = None) -> list[Example]:
-    """The file's rows of at most `max_tokens` tokens, or `max_rows` of them evenly spread; as `encode` returns them."""
+    """The file's rows of at most `max_tokens` tokens, or `max_rows` evenly spread ones, as `encode` returns them."""
     examples = [encode(row, tokenizer) for row in load_rows(path)]
     examples = [example for example in examples if len(example["input_ids"]) < max_tokens]
     count = min(max_rows or len(examples), len(examples))

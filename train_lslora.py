@@ -54,6 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--target_modules", nargs="+", default=["all-linear"])
 
     group = parser.add_argument_group("spline (--method lslora)")
+    group.add_argument("--recommended", action="store_true", help="defaults that measured best: README, 'Results'")
     group.add_argument("--placement", choices=("output", "bottleneck", "weight"), default="output")
     group.add_argument("--num_knots", type=int, default=5)
     group.add_argument("--k_min", type=float, default=-3.0)
@@ -74,7 +75,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--logging_steps", type=int, default=10)
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     group.add_argument("--report_to", nargs="+", default=["none"], help="wandb, tensorboard, trackio, ...")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.recommended:
+        parser.set_defaults(**recommended_defaults(args))
+        args = parser.parse_args(argv)
+    return args
+
+
+def recommended_defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """What `--recommended` changes in the adapter's and the spline's defaults; flags that are given still win."""
+    from lslora import LSLoraConfig
+    from lslora.training import RECOMMENDED_LR_RATIO
+
+    config = LSLoraConfig.recommended(r=args.r, calibration_steps=max(1, args.max_steps // 3))
+    adapter = ("lora_alpha", "placement", "num_knots", "extrapolation", "learn_scales", "calibration_steps")
+    return {name: getattr(config, name) for name in adapter} | {"spline_lr_ratio": RECOMMENDED_LR_RATIO}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,6 +27,15 @@ def test_defaults_are_those_of_the_method():
     assert config.peft_type == PeftType.LSLORA
 
 
+def test_recommended_settings_keep_what_is_asked_for():
+    config = LSLoraConfig.recommended(r=4, num_knots=5, target_modules=["q_proj"])
+    assert (config.r, config.lora_alpha, config.num_knots, config.target_modules) == (4, 40, 5, {"q_proj"})
+    assert LSLoraConfig.recommended(r=4, lora_alpha=8).lora_alpha == 8
+    assert LSLoraConfig.recommended().calibration_steps > 0
+    with pytest.raises(ValueError, match="num_knots must be at least 2, got 1"):
+        LSLoraConfig.recommended(num_knots=1)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

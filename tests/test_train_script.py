@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lslora import LSLoraConfig
+from lslora.training import RECOMMENDED_LR_RATIO
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -115,6 +118,19 @@ def test_resume_goes_on_where_a_run_stopped(tiny, tmp_path):
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_recommended_settings_are_defaults_that_flags_still_override():
+    given = ["--model_name", "m", "--dataset_path", "d", "--output_dir", "o", "--recommended", "--r", "4"]
+    args = train_lslora.parse_args([*given, "--max_steps", "60", "--num_knots", "7"])
+    config = train_lslora.adapter_config(args)
+    expected = LSLoraConfig.recommended(
+        r=4, calibration_steps=20, num_knots=7, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    assert config.to_dict() == expected.to_dict()
+    assert args.spline_lr_ratio == RECOMMENDED_LR_RATIO
+    plain = train_lslora.parse_args([*given[:-3], "--r", "4"])
+    assert (plain.lora_alpha, plain.spline_lr_ratio, plain.calibration_steps) == (32, 1.0, 0)
 
 
 def test_plain_lora_with_everything_else_equal(tiny, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft import LoraConfig, PeftType
 
@@ -16,6 +16,13 @@ PLACEMENTS = ("output", "bottleneck", "weight")
 # Initialisations that draw A and B without touching the base weight. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ,
 # …) subtract a linear update from it, which only a linear update can give back.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+RECOMMENDED = {
+    "num_knots": 9,
+    "calibration_steps": 100,
+    "extrapolation": "linear",
+    "learn_scales": False,
+}
 
 
 @dataclass
@@ -74,6 +81,17 @@ class LSLoraConfig(LoraConfig):
     soft_temperature: float = field(
         default=0.5, metadata={"help": "Width of the soft weights in units of the knot spacing (soft only)."}
     )
+
+    @classmethod
+    def recommended(cls, **overrides: Any) -> LSLoraConfig:
+        """The settings that did best on validation rows (benchmarks/LOG.md), with `overrides` on top.
+
+        They go with a learning rate of the splines of about 20 times that of A and B
+        (`lslora.training.separate_spline_group`), and with `calibration_steps` at a third of the run's steps: set it.
+        """
+        settings: dict[str, Any] = {**RECOMMENDED, **overrides}
+        settings.setdefault("lora_alpha", 10 * settings.get("r", LoraConfig().r))
+        return cls(**settings)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 from .diagnostics import spline_metrics
 from .spline import Spline
 
+# Goes with `LSLoraConfig.recommended` (benchmarks/LOG.md).
+RECOMMENDED_LR_RATIO = 20.0
+
 
 def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr_ratio: float = 1.0) -> None:
     """Move the trainable spline parameters of `model` into a group of their own at the end of `optimizer`'s groups.

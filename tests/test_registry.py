@@ -94,9 +94,33 @@ def test_hotswap_refuses_adapters_of_another_grid(tmp_path):
 
     model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), lslora.LSLoraConfig(r=2, target_modules=["0"]))
     save(tmp_path / "same")
-    save(tmp_path / "other", k_max=4.0)
     hotswap_adapter(model, tmp_path / "same", "default")
     spline = model.base_model.model[0].lora_spline["default"]
     assert (spline.values == spline.grid * 2).all()
-    with pytest.raises(ValueError, match="k_max"):
-        hotswap_adapter(model, tmp_path / "other", "default")
+    for name, value in (("k_max", 4.0), ("placement", "weight"), ("learn_scales", False), ("calibration_steps", 3)):
+        save(tmp_path / name, **{name: value})
+        with pytest.raises(ValueError, match=name):
+            hotswap_adapter(model, tmp_path / name, "default")
+
+
+def test_hotswap_brings_the_grid_along(tmp_path):
+    import torch
+    from peft import get_peft_model
+    from peft.utils.hotswap import hotswap_adapter
+    from torch import nn
+
+    def adapted():
+        torch.manual_seed(0)
+        config = lslora.LSLoraConfig(r=2, target_modules=["0"], init_lora_weights=False, calibration_steps=3)
+        return get_peft_model(nn.Sequential(nn.Linear(3, 3)), config)
+
+    waiting, calibrated = adapted(), adapted()
+    spline = calibrated.base_model.model[0].lora_spline["default"]
+    spline.calibrate(0.1)
+    spline.values = spline.grid * 2
+    calibrated.save_pretrained(tmp_path)
+    x = torch.randn(5, 3)
+    waiting.eval()(x)
+    assert not torch.allclose(waiting(x), calibrated(x))
+    hotswap_adapter(waiting, tmp_path, "default")
+    torch.testing.assert_close(waiting(x), calibrated(x))

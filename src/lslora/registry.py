@@ -14,7 +14,8 @@ METHOD = "LSLORA"
 # Settings that must agree for one adapter to take the place of another without rebuilding the layers.
 HOTSWAP_KEYS = [
     *("use_rslora", "lora_dropout", "alpha_pattern", "use_dora"),
-    *("num_knots", "k_min", "k_max", "interpolation_method", "extrapolation", "soft_temperature"),
+    *("placement", "num_knots", "k_min", "k_max", "interpolation_method", "extrapolation", "soft_temperature"),
+    *("learn_scales", "calibration_steps"),
 ]
 
 

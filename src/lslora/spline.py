@@ -49,7 +49,7 @@ class Spline(nn.Module):
         self.output_scale_offset = nn.Parameter(_zeros(1)) if config.learn_scales else None
         self.calibration_steps = config.calibration_steps
         self.register_buffer("grid_scale", _zeros(1) if config.calibration_steps else None)
-        self._calibrated: bool | None = False
+        self._calibrated = False
         self._track()
 
     def _track(self) -> None:
@@ -91,8 +91,8 @@ class Spline(nn.Module):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether `grid_scale` is known. Read from the device once, then remembered until the next load."""
-        if self._calibrated is None:
+        """Whether `grid_scale` is known; once it is, no device is asked again before the next load."""
+        if not self._calibrated:
             self._calibrated = self.grid_scale is not None and self.grid_scale.item() > 0
         return self._calibrated
 
@@ -160,7 +160,7 @@ class Spline(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._restore_fp32()
-        self._calibrated = None
+        self._calibrated = False
         super()._load_from_state_dict(*args, **kwargs)
 
     def _restore_fp32(self) -> None:

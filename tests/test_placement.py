@@ -188,3 +188,14 @@ def test_the_weight_placement_converts_to_lora():
 
 def _layers(model):
     return [(name, getattr(model.base_model.model, name)) for name in ("first", "gpt2")]
+
+
+def test_merging_into_an_integer_weight_raises():
+    model = adapted(placement="weight", targets=["first"])
+    layer = model.base_model.model.first
+    layer.base_layer.weight.requires_grad_(False)
+    layer.base_layer.weight.data = torch.ones(5, 6, dtype=torch.int8)
+    for safe_merge in (False, True):
+        with pytest.raises(ValueError, match="floating-point base weight, got torch.int8"):
+            layer.merge(safe_merge=safe_merge)
+    assert torch.equal(layer.base_layer.weight, torch.ones(5, 6, dtype=torch.int8))

@@ -68,18 +68,25 @@ class WeightVariant(SplineVariant):
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return orig_weight + _delta(module, active_adapter, orig_weight)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        orig_weight.data += _delta(module, active_adapter, orig_weight)
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
+        return orig_weight - _delta(module, active_adapter, orig_weight)
 
 
 PLACEMENTS = {"output": OutputVariant, "bottleneck": BottleneckVariant, "weight": WeightVariant}
+
+
+def _delta(module: Any, name: str, like: Tensor) -> Tensor:
+    """What merging adds, in the dtype of the weight it goes to."""
+    if not like.is_floating_point():
+        raise ValueError(f"merging needs a floating-point base weight, got {like.dtype}")
+    return module.get_delta_weight(name).to(like.dtype)
 
 
 def _parts(module: Any, name: str) -> tuple[Any, Any, Any, float, Spline]:

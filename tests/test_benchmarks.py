@@ -377,3 +377,22 @@ def test_rows_are_spread_over_the_file(tmp_path):
     assert all(len(example["input_ids"]) < 30 for example in every)
     some = load_examples(path, tokenizer, max_tokens=30, max_rows=5)
     assert [e["input_ids"].tolist() for e in some] == [e["input_ids"].tolist() for e in every[::2]]
+
+
+def test_the_ablation_is_told_beside_the_claims(tmp_path, capsys, monkeypatch):
+    from benchmarks import ablation
+
+    folder = tmp_path / "ablation"
+    folder.mkdir()
+    _, runs = quality.read_plan(ablation.PLAN)
+    for place, run in enumerate(runs):
+        done = {"run": {**vars(run)}, "validation": {"nll": 1.0 - 0.1 * place}}
+        (folder / f"{run.id}.json").write_text(json.dumps(done))
+    monkeypatch.setattr(quality, "Bench", lambda *args: pytest.fail("every run is there"))
+    assert ablation.main(["--results", str(tmp_path)]) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    lines = [" ".join(row) for row in rows if row[1].strip()]  # without the continuation of a long text
+    assert [line.split()[0] for line in lines] == [*(f"V{i}" for i in range(8)), "LORA"]
+    assert "1.0000" in lines[0] and "broken" in lines[0]
+    assert "0.3000" in lines[7] and "-0.1000" in lines[7] and "82 to 85" in lines[7]
+    assert (folder / "ablation.png").read_bytes().startswith(b"\x89PNG")

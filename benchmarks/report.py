@@ -80,10 +80,14 @@ def mean_score(seeds: dict[int, Record], metric: str, rows: int) -> float:
 
 
 def best_rate(cell: Cell) -> float:
-    """The learning rate of the least mean nll on the even rows, among those with the most seeds."""
-    most = max(map(len, cell.values()))
-    rates = [rate for rate, seeds in cell.items() if len(seeds) == most]
-    return min(rates, key=lambda rate: mean_score(cell[rate], "nll", EVEN))
+    """The learning rate of the least mean nll on the even rows, over the seeds that all learning rates have."""
+    common = set.intersection(*map(set, cell.values()))
+
+    def even_nll(rate: float) -> float:
+        seeds = {seed: record for seed, record in cell[rate].items() if seed in common} or cell[rate]
+        return mean_score(seeds, "nll", EVEN)
+
+    return min(cell, key=even_nll)
 
 
 def is_bracketed(cell: Cell, rate: float) -> bool:

@@ -238,6 +238,12 @@ def test_the_rate_is_chosen_on_even_rows_and_reported_on_odd_ones():
     assert report.mean_score(cell[2e-3], "nll", report.ODD) == pytest.approx(1.3)
 
 
+def test_more_seeds_do_not_sway_the_choice_of_the_rate():
+    records = [record("lora", 1e-3, 0, 0.5), record("lora", 2e-3, 0, 0.3), record("lora", 2e-3, 1, 0.9)]
+    (cell,) = report.group(records).values()
+    assert report.best_rate(cell) == 2e-3
+
+
 def test_paired_difference_in_closed_form():
     base, other = [0.50, 0.61, 0.42], [0.48, 0.60, 0.39]
     cells = report.group(

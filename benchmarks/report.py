@@ -172,18 +172,22 @@ def plot_rates(cells: dict[tuple[int, str], Cell], path: Path) -> None:
 
 def plot_differences(cells: dict[tuple[int, str], Cell], metrics: list[str], baseline: str, path: Path) -> None:
     """Dots and 95 % intervals of the paired differences, one panel for each metric."""
-    figure = Figure(figsize=(1.5 + 5 * len(metrics), 1.5 + 0.3 * len(cells)), layout="constrained")
-    for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-        labels = []
-        for (r, name), cell in sorted(cells.items(), reverse=True):
-            other = cells.get((r, baseline))
-            d = difference(cell, other, metric) if other and name != baseline else None
-            if d:
-                axis.plot([d.low, d.high], [len(labels)] * 2, color="C0", linewidth=1.5)
-                axis.plot(d.mean, len(labels), marker="o", color="C0")
-                labels.append(f"{name}, r = {r} ({d.seeds} seeds)")
+    compared = [(r, name) for r, name in sorted(cells, reverse=True) if name != baseline and (r, baseline) in cells]
+    panels = {
+        metric: {key: d for key in compared if (d := difference(cells[key], cells[key[0], baseline], metric))}
+        for metric in metrics
+    }
+    rows = max(map(len, panels.values()))
+    figure = Figure(figsize=(1.5 + 5 * len(metrics), 1.2 + 0.35 * rows), layout="constrained")
+    axes = figure.subplots(1, len(metrics), squeeze=False)[0]
+    for axis, (metric, differences) in zip(axes, panels.items(), strict=True):
+        for place, d in enumerate(differences.values()):
+            axis.plot([d.low, d.high], [place] * 2, color="C0", linewidth=1.5)
+            axis.plot(d.mean, place, marker="o", color="C0")
         axis.axvline(0, color="0.6", linewidth=0.8)
+        labels = [f"{name}, r = {r} ({d.seeds} seeds)" for (r, name), d in differences.items()]
         axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        axis.set_ylim(-0.5, max(rows, 1) - 0.5)
         axis.set_xlabel(f"{metric} minus {baseline}'s, odd rows", fontsize=9)
     figure.savefig(path, dpi=130)
 

@@ -67,7 +67,7 @@ def do_runs(setting: Setting, runs: list[Run], data: Path, folder: Path) -> int:
     for run in runs:
         path = folder / f"{run.id}.json"
         with claimed(path.with_suffix(".lock")) as mine:
-            if not mine or is_done(path, run):
+            if not mine or is_done(path, run, setting):
                 continue
             bench = bench or Bench(setting, data)
             record = bench.measure(run)
@@ -94,17 +94,20 @@ def claimed(path: Path) -> Iterator[bool]:
             path.unlink(missing_ok=True)
 
 
-def is_done(path: Path, run: Run) -> bool:
+def is_done(path: Path, run: Run, setting: Setting) -> bool:
     """Whether the run's result is there.
 
     Raises:
-        ValueError: the result was made with other options of the method of this name.
+        ValueError: the result was made with other options of the method of this name, or in another setting.
     """
     if not path.exists():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))["run"]["method"]
+    record = json.loads(path.read_text(encoding="utf-8"))
+    found = record["run"]["method"]
     if found != run.method:
         raise ValueError(f"{path} was made with {found}, the plan now says {run.method}: rename the method")
+    if Setting(**record["setting"]) != setting:
+        raise ValueError(f"{path} was made in {record['setting']}, the plan now says {vars(setting)}: rename the plan")
     return True
 
 

@@ -134,7 +134,7 @@ class CompletionTrainer(SplineTrainerMixin, Trainer):
 
 
 def train(model: Any, run: Run, setting: Setting, examples: list[Example]) -> list[float]:
-    """The loss of every step, in nats per completion token; stops early where it is no longer finite."""
+    """The loss of every step, in nats per completion token."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = CompletionTrainer(
             model,

@@ -182,7 +182,7 @@ class CountingBench:
             raise KeyboardInterrupt
         self.left -= 1
         self.done.append(run.id)
-        return {"run": {**vars(run)}, "train_seconds": 0.0}
+        return {"run": {**vars(run)}, "setting": {"model": "m", "train": "t", "validation": "v"}, "train_seconds": 0.0}
 
 
 def test_a_killed_plan_goes_on_where_it_was(plan, tmp_path, monkeypatch):
@@ -216,6 +216,16 @@ def test_a_result_of_other_options_is_not_taken_for_this_one(plan, tmp_path, mon
     plan.write_text(PLAN.replace("num_knots = 7", "num_knots = 9"))
     setting, runs = quality.read_plan(plan)
     with pytest.raises(ValueError, match="'num_knots': 7.*'num_knots': 9"):
+        quality.do_runs(setting, runs, tmp_path, tmp_path / "out")
+
+
+def test_a_result_of_another_setting_is_not_taken_for_this_one(plan, tmp_path, monkeypatch):
+    setting, runs = quality.read_plan(plan)
+    monkeypatch.setattr(quality, "Bench", lambda *args: CountingBench(100))
+    quality.do_runs(setting, runs, tmp_path, tmp_path / "out")
+    plan.write_text(PLAN.replace('validation = "v"', 'validation = "v"\nsteps = 61'))
+    setting, runs = quality.read_plan(plan)
+    with pytest.raises(ValueError, match="'steps': 61.*rename the plan"):
         quality.do_runs(setting, runs, tmp_path, tmp_path / "out")
 
 
@@ -390,9 +400,9 @@ def test_the_ablation_is_told_beside_the_claims(tmp_path, capsys, monkeypatch):
 
     folder = tmp_path / "ablation"
     folder.mkdir()
-    _, runs = quality.read_plan(ablation.PLAN)
+    setting, runs = quality.read_plan(ablation.PLAN)
     for place, run in enumerate(runs):
-        done = {"run": {**vars(run)}, "validation": {"nll": 1.0 - 0.1 * place}}
+        done = {"run": {**vars(run)}, "setting": vars(setting), "validation": {"nll": 1.0 - 0.1 * place}}
         (folder / f"{run.id}.json").write_text(json.dumps(done))
     monkeypatch.setattr(quality, "Bench", lambda *args: pytest.fail("every run is there"))
     assert ablation.main(["--results", str(tmp_path)]) == 0

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lslora import LSLoraConfig, Spline, spline_penalty
+from lslora import LSLoraConfig, Spline, calibration, spline_penalty
 from lslora.diagnostics import live_intervals, observe_occupancy, spline_records
 
 STEPS = 4
@@ -165,6 +165,35 @@ def test_a_saved_grid_is_loaded_and_not_measured_again(tmp_path):
     scales = [spline.grid_scale.clone() for spline in splines(again)]
     train(again, batches())
     assert all(torch.equal(s.grid_scale, scale) for s, scale in zip(splines(again), scales, strict=True))
+
+
+def test_a_state_from_before_the_calibration_waits_again():
+    model = made(placement="bottleneck")
+    early = copy.deepcopy(model.state_dict())
+    train(model, batches())
+    model.load_state_dict(early)
+    assert not any(spline.is_calibrated for spline in splines(model))
+    train(model, batches())
+    assert all(spline.is_calibrated for spline in splines(model))
+
+
+def test_a_step_that_was_not_finite_only_delays():
+    model = made(placement="bottleneck", calibration_steps=1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    train(model, [(torch.full((4, 8), float("nan")), torch.zeros(4, 3))])
+    assert not any(spline.is_calibrated for spline in splines(model))
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        parameter.data.copy_(value)
+    train(model, batches(1))
+    assert all(spline.is_calibrated for spline in splines(model))
+
+
+def test_a_frozen_adapter_is_not_observed():
+    model = made(placement="bottleneck").train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model(torch.randn(4, 8))
+    assert not any(calibration._waiting[spline].quantiles for spline in splines(model))
 
 
 def test_copies_and_pickles_keep_waiting():

@@ -73,9 +73,11 @@ def advance(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
     if not due:
         return
     for spline, quantile in zip(due, _mean_over_processes(due), strict=True):
-        if quantile > 0:
+        if quantile > 0:  # neither unseen nor NaN
             spline.calibrate(quantile)
             del _waiting[spline]
+        else:
+            _waiting[spline].quantiles.clear()
 
 
 def _mean_over_processes(splines: list[Spline]) -> Tensor:

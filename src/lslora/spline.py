@@ -115,7 +115,7 @@ class Spline(nn.Module):
         if self.grid_scale is None:
             return self._spline(z)
         if not self.is_calibrated:
-            if self.training:
+            if self.training and self.weight.requires_grad:
                 calibration.observe(self, z)
             # Every parameter takes part, as data parallelism wants it.
             nothing = 0 * torch.cat(list(self.parameters())).sum()
@@ -162,6 +162,7 @@ class Spline(nn.Module):
         self._restore_fp32()
         self._calibrated = False
         super()._load_from_state_dict(*args, **kwargs)
+        self._track()  # what was loaded may not be calibrated yet
 
     def _restore_fp32(self) -> None:
         for parameter in self.parameters(recurse=False):

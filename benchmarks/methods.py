@@ -2,21 +2,40 @@
 
 `lora`, `dora`, `rslora` are peft's own. `lslora` takes the options of `LSLoraConfig`, `form` those of
 `benchmarks.forms.attach_forms`. Some controls are LS-LoRA with most of it frozen: `learns` names what of the spline is
-trained (`weight`, `input_scale_offset`, `output_scale_offset`); `defects` are those of `benchmarks.original`.
+trained (`weight`, `input_scale_offset`, `output_scale_offset`); `defects` are those of `benchmarks.original`;
+`constraint` ties neighbouring or opposite knots together.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 
 from lslora import LSLoraConfig, Spline
 
 from .forms import attach_forms
 from .original import break_splines
 
-NOT_OPTIONS = ("kind", "learns", "defects", "spline_lr_ratio")
+NOT_OPTIONS = ("kind", "learns", "defects", "constraint", "spline_lr_ratio")
+
+
+def odd(gradient: Tensor) -> Tensor:
+    """Of a knot and the one opposite, the part that differs: φ(−t) = −φ(t), half the parameters."""
+    return (gradient - gradient.flip(0)) / 2
+
+
+def smooth(gradient: Tensor) -> Tensor:
+    """A mean over each knot and two neighbours on either side, (1, 4, 6, 4, 1) / 16: knots move together."""
+    weights = gradient.new_tensor([1, 4, 6, 4, 1]) / 16
+    padded = torch.cat([gradient[:1].expand(2), gradient, gradient[-1:].expand(2)])
+    return padded.unfold(0, 5, 1) @ weights
+
+
+# On a spline's gradient; offsets start at zero, and Adam keeps to what is odd or equal among neighbours.
+CONSTRAINTS = {"odd": odd, "smooth": smooth}
 PLAIN = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 
 
@@ -49,8 +68,10 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
         raise ValueError(f"kind must be one of {(*PLAIN, 'lslora')}, got {kind!r}")
     peft_model = get_peft_model(model, LSLoraConfig(**shared, **options))
     break_splines(peft_model, **method.get("defects", {}))
-    if "learns" in method:
-        for spline in (m for m in peft_model.modules() if isinstance(m, Spline)):
+    for spline in (m for m in peft_model.modules() if isinstance(m, Spline)):
+        if "learns" in method:
             for name, parameter in spline.named_parameters():
                 parameter.requires_grad_(name in method["learns"])
+        if "constraint" in method:
+            spline.weight.register_hook(CONSTRAINTS[method["constraint"]])
     return peft_model

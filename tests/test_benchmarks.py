@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import quality, report
 from benchmarks.runs import Run
 from benchmarks.tasks import IGNORED, Prefix, collate, completion_logits, encode, evaluate, load_examples
+from lslora import Spline
 
 
 def tiny_llama():
@@ -324,6 +325,33 @@ def test_extra_rank_keeps_the_scaling_of_alpha_over_r():
     assert (config.r, config.lora_alpha) == (3, 4)
 
 
+def heights_after_a_step(**options):
+    """Offsets of the first spline after an Adam step from a generic place, and the knots' own gradients there."""
+    model = adapted_by({"kind": "lslora", "num_knots": 9, "spline_reg_weight": 0.0, **options})
+    for name, parameter in sorted(model.named_parameters()):
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    spline = next(m for m in model.modules() if isinstance(m, Spline))
+    cross_entropy(*completion_logits(model, collate(examples()))).backward()
+    torch.optim.Adam([spline.weight], lr=0.1).step()
+    return spline.weight.detach(), spline.weight.grad
+
+
+def test_odd_splines_stay_odd_under_adam():
+    heights, _ = heights_after_a_step(constraint="odd")
+    assert heights.abs().max() > 0.05
+    assert torch.equal(heights, -heights.flip(0))
+    free, _ = heights_after_a_step()
+    assert not torch.equal(free, -free.flip(0))
+
+
+def test_smooth_gradients_are_means_over_neighbours():
+    _, free = heights_after_a_step()
+    _, smooth = heights_after_a_step(constraint="smooth")
+    torch.testing.assert_close(smooth[4], free[2:7] @ torch.tensor([1.0, 4, 6, 4, 1]) / 16)
+    torch.testing.assert_close(smooth[0], free[:3] @ torch.tensor([11.0, 4, 1]) / 16)
+
+
 def test_unknown_methods_and_options_raise():
     with pytest.raises(ValueError, match="kind must be one of .*, got 'lorra'"):
         adapted_by({"kind": "lorra"})
@@ -354,7 +382,6 @@ def test_forms_in_closed_form(placement, shape, function):
 
 
 def test_defects_of_the_ablation_are_there_and_v7_is_the_method():
-    from lslora import Spline
 
     _, runs = quality.read_plan(Path(quality.__file__).parent / "plans" / "ablation.toml")
     methods = {run.name: run for run in runs}

@@ -282,13 +282,6 @@ def test_autocast_returns_the_dtype_of_the_base():
     assert splines(model)[0].weight.grad.dtype == torch.float32
 
 
-def test_layers_that_ignore_variants_are_refused():
-    with pytest.raises(ValueError, match="does not support base layers that peft adapts with .*Embedding"):
-        get_peft_model(nn.Sequential(nn.Embedding(4, 3)), LSLoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="MultiheadAttention"):
-        get_peft_model(nn.Sequential(nn.MultiheadAttention(4, 2)), LSLoraConfig(target_modules=["0"]))
-
-
 def test_composed_classes_are_importable_by_name():
     from peft.tuners.lora import Linear
 

@@ -147,12 +147,6 @@ def test_a_mergeable_adapter_merges_beside_one_that_is_not():
     torch.testing.assert_close(model.merge_and_unload(adapter_names=["default"])(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_convolutions_have_no_weight_placement():
-    net = nn.Sequential(nn.Conv1d(2, 3, 1))
-    with pytest.raises(ValueError, match="linear layers only"):
-        get_peft_model(net, LSLoraConfig(placement="weight", target_modules=["0"]))
-
-
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_placement_survives_saving(placement, tmp_path):
     model = adapted(placement=placement)

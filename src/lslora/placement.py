@@ -1,14 +1,16 @@
 """Where in LoRA's update the spline sits: one class for each placement, called by peft's layers for the plain update.
 
 Each adds its update to the base layer's `result` and returns that in the dtype of `result`. A, B are the adapter's
-weights, `s` its scaling, φ its spline with both scales, `x` (…, in) with dropout applied.
+weights, `s` its scaling, φ its spline with both scales, `x` (…, in) with dropout applied. For an embedding `A x` is a
+column of A for every token, and the update is scaled as the base layer scales its vectors (Gemma's do).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.layer import Embedding, LoraVariant
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -36,8 +38,9 @@ class OutputVariant(SplineVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        lora_A, lora_B, dropout, scaling, spline = _parts(module, active_adapter)  # noqa: N806
-        return (result + spline(lora_B(lora_A(dropout(x))) * scaling)).to(result.dtype)
+        a = adapter(module, active_adapter)
+        update = a.spline(a.B(a.A(x)) * a.scaling)
+        return (result + _as_base(module, update)).to(result.dtype)
 
 
 class BottleneckVariant(SplineVariant):
@@ -45,8 +48,9 @@ class BottleneckVariant(SplineVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        lora_A, lora_B, dropout, scaling, spline = _parts(module, active_adapter)  # noqa: N806
-        return (result + lora_B(spline(lora_A(dropout(x)))) * scaling).to(result.dtype)
+        a = adapter(module, active_adapter)
+        update = a.B(a.spline(a.A(x))) * a.scaling
+        return (result + _as_base(module, update)).to(result.dtype)
 
 
 class WeightVariant(SplineVariant):
@@ -57,14 +61,18 @@ class WeightVariant(SplineVariant):
     @staticmethod
     def init(module: Any, adapter_name: str, config: LSLoraConfig, **kwargs: Any) -> None:
         if isinstance(module.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            raise ValueError("placement='weight' supports linear layers only, got a convolution")
+            raise ValueError("placement='weight' does not support convolutions")
         SplineVariant.init(module, adapter_name, config)
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        lora_A, lora_B, dropout, scaling, spline = _parts(module, active_adapter)  # noqa: N806
-        delta = spline(lora_B.weight @ lora_A.weight * scaling)
-        return (result + linear(dropout(x), delta)).to(result.dtype)
+        if isinstance(module, Embedding):
+            update = _as_base(module, module._embed(x, module.get_delta_weight(active_adapter)))
+        else:
+            a_weight, b_weight = (matrix[active_adapter].weight for matrix in (module.lora_A, module.lora_B))
+            delta = module.lora_spline[active_adapter](b_weight @ a_weight * module.scaling[active_adapter])
+            update = linear(module.lora_dropout[active_adapter](x), delta)
+        return (result + update).to(result.dtype)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
@@ -89,12 +97,29 @@ def _delta(module: Any, name: str, like: Tensor) -> Tensor:
     return module.get_delta_weight(name).to(like.dtype)
 
 
-def _parts(module: Any, name: str) -> tuple[Any, Any, Any, float, Spline]:
-    """A, B, dropout, scaling and spline of one adapter."""
-    return (
-        module.lora_A[name],
-        module.lora_B[name],
-        module.lora_dropout[name],
-        module.scaling[name],
-        module.lora_spline[name],
-    )
+class Adapter(NamedTuple):
+    """One adapter of a layer as functions: `A` (…, in) → (…, r) after dropout, `B` (…, r) → (…, out)."""
+
+    A: Callable[[Tensor], Tensor]
+    B: Callable[[Tensor], Tensor]
+    scaling: float
+    spline: Spline
+
+
+def adapter(module: Any, name: str) -> Adapter:
+    """The adapter of this name; `A` of an embedding takes token numbers (…) instead, and has no dropout."""
+    scaling, spline = module.scaling[name], module.lora_spline[name]
+    if isinstance(module, Embedding):
+        weight_a, weight_b = module.lora_embedding_A[name], module.lora_embedding_B[name]
+        tensor_parallel = module.input_fns.get(name), module.output_fns.get(name)
+        return Adapter(
+            lambda x: module._embed(x, weight_a.T, *tensor_parallel), lambda h: h @ weight_b.T, scaling, spline
+        )
+    dropout, a = module.lora_dropout[name], module.lora_A[name]
+    return Adapter(lambda x: a(dropout(x)), module.lora_B[name], scaling, spline)
+
+
+def _as_base(module: Any, update: Tensor) -> Tensor:
+    """The update as the base layer would scale it."""
+    scale = module._get_embed_scale() if isinstance(module, Embedding) else None
+    return update if scale is None else update * scale.to(update.dtype)

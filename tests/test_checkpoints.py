@@ -1,0 +1,171 @@
+"""Saved adapters: whole ones load everywhere, damaged ones raise, and none becomes plain LoRA in silence."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lslora import LSLoraConfig, Spline
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).eval()
+
+
+def adapted(base=None, **settings):
+    """Every tensor of the adapter is random, its grids are calibrated."""
+    settings = {"r": 2, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **settings}
+    model = get_peft_model(base or llama(), LSLoraConfig(calibration_steps=1, task_type="CAUSAL_LM", **settings))
+    for i, spline in enumerate(m for m in model.modules() if isinstance(m, Spline)):
+        spline.values = spline.grid + torch.randn(5)
+        spline.calibrate(0.1 + i)
+    return model.eval()
+
+
+IDS = torch.arange(12).reshape(2, 6)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    return tmp_path, model(IDS).logits
+
+
+def damage(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors, next(key for key in tensors if key.endswith("down_proj.lora_spline.weight")))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def drop(tensors, key):
+    del tensors[key]
+
+
+def rename(tensors, key):
+    tensors[key.replace("weight", "values")] = tensors.pop(key)
+
+
+def drop_all(tensors, key):
+    for name in [name for name in tensors if "lora_spline" in name]:
+        del tensors[name]
+
+
+def drop_scale(tensors, key):
+    del tensors[key.replace("weight", "grid_scale")]
+
+
+def spoil(tensors, key):
+    tensors[key][2] = float("nan")
+
+
+def spoil_scale(tensors, key):
+    tensors[key.replace("weight", "grid_scale")][0] = float("inf")
+
+
+def widen(tensors, key):
+    tensors[key] = torch.zeros(7)
+
+
+DAMAGES = {
+    drop: (ValueError, r"the checkpoint has no .*down_proj.lora_spline.default.weight"),
+    rename: (ValueError, r"the checkpoint has no .*down_proj.lora_spline.default.weight"),
+    drop_all: (ValueError, r"the checkpoint has no .*lora_spline.default.weight"),
+    drop_scale: (ValueError, r"the checkpoint has no .*grid_scale"),
+    spoil: (ValueError, r"down_proj.lora_spline.default.weight must be finite, got .*nan"),
+    spoil_scale: (ValueError, r"grid_scale must be finite, got \[inf\]"),
+    widen: (RuntimeError, r"size mismatch for .*down_proj.lora_spline.default.weight"),
+}
+
+
+def load_with_peft(folder, low_cpu_mem_usage=False):
+    return PeftModel.from_pretrained(llama(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+def load_beside_another(folder):
+    model = adapted(target_modules=["q_proj"])
+    model.load_adapter(folder, "second")
+    model.set_adapter("second")
+    return model
+
+
+def load_with_transformers(folder):
+    model = llama()
+    model.load_adapter(folder)
+    return model
+
+
+LOADERS = [
+    load_with_peft,
+    lambda folder: load_with_peft(folder, low_cpu_mem_usage=True),
+    load_beside_another,
+    load_with_transformers,
+]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_whole_checkpoint_gives_the_same_outputs(saved, load):
+    folder, logits = saved
+    assert torch.equal(load(folder)(IDS).logits, logits)
+
+
+@pytest.mark.parametrize("damaging", DAMAGES)
+@pytest.mark.parametrize("load", LOADERS[:-1])
+def test_a_damaged_checkpoint_raises(saved, load, damaging):
+    folder, _ = saved
+    damage(folder, damaging)
+    error, message = DAMAGES[damaging]
+    with pytest.raises(error, match=message.replace("default", "(default|second)")):
+        load(folder)
+
+
+@pytest.mark.parametrize("damaging", [drop, rename, drop_all, drop_scale])
+def test_transformers_reports_what_is_missing(saved, damaging, caplog):
+    """Its loader passes by every method of ours; it lists what is missing, as it does for LoRA."""
+    folder, _ = saved
+    damage(folder, damaging)
+    logging.getLogger("transformers").propagate = True
+    load_with_transformers(folder)
+    assert "MISSING" in caplog.text and "lora_spline" in caplog.text
+
+
+def test_transformers_refuses_other_shapes(saved):
+    folder, _ = saved
+    damage(folder, widen)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load_with_transformers(folder)
+
+
+def test_a_state_dict_of_plain_lora_is_refused():
+    model = adapted()
+    tensors = {k: v for k, v in get_peft_model_state_dict(model).items() if "spline" not in k}
+    with pytest.raises(ValueError, match="without it the adapter would be plain LoRA"):
+        set_peft_model_state_dict(model, tensors)
+
+
+def test_other_adapters_and_the_base_may_be_loaded_alone():
+    model = adapted()
+    logits = model(IDS).logits
+    model.add_adapter("other", LSLoraConfig(target_modules=["q_proj"]))
+    set_peft_model_state_dict(model, get_peft_model_state_dict(adapted(), adapter_name="default"))
+    base = {k: v for k, v in model.state_dict().items() if "lora" not in k}
+    model.load_state_dict(base, strict=False)
+    assert model(IDS).logits.shape == logits.shape
+
+
+def test_embeddings_are_checked_too():
+    net = nn.Sequential(nn.Embedding(5, 4))
+    model = get_peft_model(copy.deepcopy(net), LSLoraConfig(target_modules=["0"]))
+    tensors = get_peft_model_state_dict(model)
+    key = next(key for key in tensors if key.endswith("lora_spline.weight"))
+    with pytest.raises(ValueError, match="the checkpoint has no .*0.lora_spline.default.weight"):
+        set_peft_model_state_dict(model, {k: v for k, v in tensors.items() if k != key})
+    set_peft_model_state_dict(model, tensors)

@@ -94,6 +94,7 @@ class LSLoraConfig(LoraConfig):
         return cls(**settings)
 
     def __post_init__(self) -> None:
+        self._check_initialisation()  # before peft clears what it will not read
         super().__post_init__()
         self.peft_type = PeftType("LSLORA")
         self._check_spline()
@@ -129,16 +130,26 @@ class LSLoraConfig(LoraConfig):
         if self.extrapolation not in EXTRAPOLATIONS:
             raise ValueError(f"extrapolation must be one of {EXTRAPOLATIONS}, got {self.extrapolation!r}")
 
-    def _check_lora_options(self) -> None:
-        """Refuse what would be accepted and then ignored, or what needs a linear update."""
-        for option in dataclasses.fields(self):
-            if option.metadata.get("is_lora_variant") and getattr(self, option.name):
-                raise ValueError(f"{option.name} is a LoRA variant of its own and does not combine with LS-LoRA")
+    def _check_initialisation(self) -> None:
+        """Refuse initialisations that need a linear update, and settings of those that were not chosen."""
         if self.init_lora_weights not in INITIALISATIONS:
             raise ValueError(
                 f"init_lora_weights must be one of {INITIALISATIONS} (other initialisations change the base weight "
                 f"and assume a linear update), got {self.init_lora_weights!r}"
             )
+        for init, option in (("loftq", "loftq_config"), ("corda", "corda_config"), ("lora_ga", "lora_ga_config")):
+            if getattr(self, option):
+                raise ValueError(f"{option} belongs to init_lora_weights={init!r}, which LS-LoRA does not support")
+        if self.eva_config is not None and self.init_lora_weights != "eva":
+            raise ValueError(f"eva_config needs init_lora_weights='eva', got {self.init_lora_weights!r}")
+
+    def _check_lora_options(self) -> None:
+        """Refuse what would be accepted and then ignored, or what needs a linear update."""
+        for option in dataclasses.fields(self):
+            if option.metadata.get("is_lora_variant") and getattr(self, option.name):
+                raise ValueError(f"{option.name} is a LoRA variant of its own and does not combine with LS-LoRA")
+        if self.runtime_config.ephemeral_gpu_offload:
+            raise ValueError("ephemeral_gpu_offload is for DoRA, which does not combine with LS-LoRA")
         if self.target_parameters:
             raise ValueError("target_parameters merges the update into the parameter, which LS-LoRA cannot do")
         if self.lora_bias and self.placement == "weight":

@@ -115,6 +115,10 @@ class Spline(nn.Module):
         if self.grid_scale is None:
             return self._spline(z)
         if not self.is_calibrated:
+            if self.weight.detach().any():
+                raise ValueError(
+                    "a spline with learned heights must have its grid_scale, got 0: only a part was copied"
+                )
             if self.training and self.weight.requires_grad:
                 calibration.observe(self, z)
             # Every parameter takes part, as data parallelism wants it.

@@ -5,12 +5,13 @@ The penalty needs nothing here: it reaches every optimizer by itself, see `lslor
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
 
 from .diagnostics import spline_metrics
+from .layer import LSLoraLayer
 from .spline import Spline
 
 # Goes with `LSLoraConfig.recommended` (benchmarks/LOG.md).
@@ -64,6 +65,7 @@ class SplineTrainerMixin:
             raise ValueError(f"spline_lr_ratio must be positive, got {spline_lr_ratio}")
         self.spline_lr_ratio = spline_lr_ratio
         super().__init__(*args, **kwargs)
+        _complete_reference(self.model)  # type: ignore[attr-defined]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The trainer's own optimizer, with the splines in a group of their own."""
@@ -76,3 +78,12 @@ class SplineTrainerMixin:
         if "loss" in logs:
             logs.update(spline_metrics(self.model))  # type: ignore[attr-defined]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _complete_reference(model: nn.Module) -> None:
+    """Copy the grids to the adapter `ref`, TRL's frozen copy of `default`, which it makes of parameters alone."""
+    for layer in (module for module in model.modules() if isinstance(module, LSLoraLayer)):
+        if {"default", "ref"} <= layer.lora_spline.keys():
+            ours, copy = (cast(Spline, layer.lora_spline[name]) for name in ("default", "ref"))
+            if ours.is_calibrated and not copy.is_calibrated:
+                copy.load_state_dict({**copy.state_dict(), "grid_scale": ours.grid_scale})

@@ -1,13 +1,13 @@
 """Grids on the scale of what they see: how far the knots of every layer reach is measured early on, then kept.
 
 A fresh adapter's update is zero and grows from layer to layer to very different sizes, so no fixed grid fits. While a
-spline is not calibrated it passes its input on unchanged and notes the 99 % quantile of |z|. In the last of
-`calibration_steps` optimizer steps its mean over micro-batches becomes the grid's outer end (`Spline.grid_scale`), and
-the spline begins to learn. Its offsets are zero until then, so the change leaves the layer's function as it is within
-the grid.
+spline is not calibrated it passes its input on unchanged and counts how often |z| is of which size. In the last of
+`calibration_steps` optimizer steps the 99 % quantile becomes the grid's outer end (`Spline.grid_scale`), and the
+spline begins to learn. Its offsets are zero until then, so the layer's function stays as it is within the grid.
 
 The change happens between two optimizer steps, never between a forward pass and its repetition under gradient
-checkpointing, and with the mean over all processes, so that data-parallel copies stay equal.
+checkpointing. Counts are summed over micro-batches and processes: data-parallel copies stay equal, and the grid does
+not depend on how a batch was split.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ if TYPE_CHECKING:
     from .spline import Spline
 
 QUANTILE = 0.99
-MAX_SAMPLE = 1 << 16  # elements of z a quantile is taken over
+MAX_SAMPLE = 1 << 16  # elements of z that are counted at a time
+LOWEST, PER_OCTAVE, BINS = -24, 32, 48 * 32  # |z| from 2⁻²⁴ to 2²⁴ in steps of 2.2 %, interpolated
 
 
 class Sightings:
-    """What a spline has seen so far: quantiles of |z| since the last optimizer step, and the count of steps."""
+    """What a spline has seen: counts of |z| by size since the last optimizer step, (BINS,), and the count of steps."""
 
     def __init__(self, order: int) -> None:
         self.order = order  # the same in every process, unlike an address
-        self.quantiles: list[Tensor] = []
+        self.counts: Tensor | None = None
         self.steps = 0
 
 
@@ -49,11 +50,14 @@ def wait(spline: Spline) -> None:
 
 @torch.no_grad()
 def observe(spline: Spline, z: Tensor) -> None:
-    """Note the quantile of |z|; a z that is zero throughout (B = 0) says nothing and is left out."""
+    """Count z by size; left out is a z that is zero throughout (B = 0: it says nothing) or not finite."""
     flat = z.detach().flatten()
     sample = flat[:: max(1, len(flat) // MAX_SAMPLE)].float().abs()
-    if len(sample) and sample.any():
-        _waiting[spline].quantiles.append(sample.quantile(QUANTILE))
+    if len(sample) and sample.any() and sample.isfinite().all():
+        places = ((sample.log2() - LOWEST) * PER_OCTAVE).clamp(0, BINS - 1).long()
+        counts = torch.bincount(places, minlength=BINS)
+        seen = _waiting[spline]
+        seen.counts = counts if seen.counts is None else seen.counts + counts
 
 
 @torch.no_grad()
@@ -69,27 +73,32 @@ def advance(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
             if _waiting[spline].steps >= spline.calibration_steps:
                 due.append(spline)
             else:
-                _waiting[spline].quantiles.clear()
+                _waiting[spline].counts = None
     if not due:
         return
-    for spline, quantile in zip(due, _mean_over_processes(due), strict=True):
-        if quantile > 0:  # neither unseen nor NaN
+    for spline, quantile in zip(due, _quantiles(due), strict=True):
+        if quantile > 0:
             spline.calibrate(quantile)
             del _waiting[spline]
         else:
-            _waiting[spline].quantiles.clear()
+            _waiting[spline].counts = None
 
 
-def _mean_over_processes(splines: list[Spline]) -> Tensor:
-    """Mean quantile of every spline, (len(splines),) fp32; zero where none was seen."""
+def _quantiles(splines: list[Spline]) -> Tensor:
+    """The quantile of |z| over all processes for every spline, (len(splines),) fp32; zero where nothing was seen."""
     device = splines[0].weight.device
-    seen = [_waiting[spline].quantiles for spline in splines]
-    sums = torch.stack([torch.stack(q).sum().to(device) if q else torch.zeros((), device=device) for q in seen])
-    counts = torch.tensor([len(q) for q in seen], dtype=torch.float32, device=device)
+    nothing = torch.zeros(BINS, dtype=torch.long, device=device)
+    seen = [_waiting[spline].counts for spline in splines]
+    counts = torch.stack([nothing if c is None else c.to(device) for c in seen])
     if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(sums)
         distributed.all_reduce(counts)
-    return sums / counts.clamp(min=1)
+    reached = counts.cumsum(1).double()
+    wanted = QUANTILE * reached[:, -1:]
+    place = torch.searchsorted(reached, wanted).clamp(max=BINS - 1)
+    count = counts.gather(1, place)
+    share = (wanted - reached.gather(1, place) + count) / count.clamp(min=1)
+    quantiles = 2.0 ** ((place + share) / PER_OCTAVE + LOWEST)
+    return torch.where(reached[:, -1:] > 0, quantiles, 0.0).squeeze(1).float()
 
 
 @cache

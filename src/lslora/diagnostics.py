@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .spline import Spline
 
@@ -54,18 +55,21 @@ def spline_records(
     splines = _named_splines(model, adapter_name)
     if not splines:
         raise ValueError(f"model must have LS-LoRA layers with an adapter named {adapter_name!r}, found none")
-    records = [_record(layer, spline) for layer, spline in splines.items()]
+    records = _records(model, splines)
     for record in records:
         record["occupancy"] = occupancy.shares(record["layer"]) if occupancy else None
     return records
 
 
 def spline_metrics(model: nn.Module) -> dict[str, float]:
-    """Averages over the layers' active splines, as `spline/<key>`, for a training log; empty without splines."""
-    splines = [s for s in model.modules() if isinstance(s, Spline) and s.weight.requires_grad]
+    """Averages over the layers' active splines, as `spline/<key>`, for a training log; empty without splines.
+
+    Under FSDP every process must call it: the parameters are gathered.
+    """
+    splines = {n: s for n, s in model.named_modules() if isinstance(s, Spline) and s.weight.requires_grad}
     if not splines:
         return {}
-    records = [_record("", spline) for spline in splines]
+    records = _records(model, splines)
     return {f"spline/{key}": math.fsum(r[key] for r in records) / len(records) for key in AVERAGED}
 
 
@@ -208,8 +212,28 @@ def _named_splines(model: nn.Module, adapter_name: str) -> dict[str, Spline]:
     }
 
 
+def _records(model: nn.Module, splines: dict[str, Spline]) -> list[Record]:
+    """A record for every spline, in their order; under FSDP 1 its units are gathered one after the other."""
+    units = [unit for unit in FullyShardedDataParallel.fsdp_modules(model) if _splines_of(unit, splines)]
+    if not units:
+        return [_record(layer, spline) for layer, spline in splines.items()]
+    found: dict[str, Record] = {}
+    for unit in units:
+        with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
+            found |= {layer: _record(layer, spline) for layer, spline in _splines_of(unit, splines).items()}
+    return [found[layer] for layer in splines]
+
+
+def _splines_of(unit: nn.Module, splines: dict[str, Spline]) -> dict[str, Spline]:
+    """Those of the splines that this FSDP 1 unit holds, and no unit within it."""
+    inner = [other for other in FullyShardedDataParallel.fsdp_modules(unit) if other is not unit]
+    deeper = {id(module) for other in inner for module in other.modules()}
+    held = {id(module) for module in unit.modules()} - deeper
+    return {layer: spline for layer, spline in splines.items() if id(spline) in held}
+
+
 def _record(layer: str, spline: Spline) -> Record:
-    grid, offsets = spline.grid.cpu(), spline.weight.detach().float().cpu()
+    grid, offsets = spline.grid.cpu(), spline.offsets.detach().float().cpu()
     slopes = (grid + offsets).diff() / grid.diff()
     return {
         "layer": layer,

@@ -36,7 +36,7 @@ def spline_penalty(model: nn.Module) -> Tensor:
     from .spline import Spline
 
     splines = [module for module in model.modules() if isinstance(module, Spline)]
-    terms = [s.spline_reg_weight * _in_unit_of_z(s, s.weight).square().mean() for s in splines]
+    terms = [s.spline_reg_weight * _in_unit_of_z(s, s.offsets).square().mean() for s in splines]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
@@ -52,7 +52,7 @@ def add_gradients(optimizer: Optimizer, args: Any = None, kwargs: Any = None) ->
         weight = spline.weight
         if spline.spline_reg_weight and weight.grad is not None and id(weight) in stepped:
             pull = _in_unit_of_z(spline, _in_unit_of_z(spline, weight))
-            weight.grad.add_(pull, alpha=2 * spline.spline_reg_weight / len(weight))
+            weight.grad.add_(pull, alpha=2 * spline.spline_reg_weight / spline.num_knots)
 
 
 def _in_unit_of_z(spline: Spline, heights: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import calibration, penalty
 from .config import LSLoraConfig
@@ -37,6 +38,7 @@ class Spline(nn.Module):
     def __init__(self, config: LSLoraConfig) -> None:
         super().__init__()
         self.grid_scale: Tensor | None
+        self.num_knots = config.num_knots
         self.k_min = float(config.k_min)
         self.k_max = float(config.k_max)
         self.interpolation_method = config.interpolation_method
@@ -60,12 +62,17 @@ class Spline(nn.Module):
     @property
     def grid(self) -> Tensor:
         """Knot positions `k_i`, (K,) fp32: evenly spaced on [k_min, k_max]."""
-        return torch.linspace(self.k_min, self.k_max, len(self.weight), device=self.weight.device)
+        return torch.linspace(self.k_min, self.k_max, self.num_knots, device=self.weight.device)
+
+    @property
+    def offsets(self) -> Tensor:
+        """Deviations from the identity, `v_i − k_i`, (K,) fp32."""
+        return _whole(self.weight)
 
     @property
     def values(self) -> Tensor:
         """Knot heights `v_i`, (K,) fp32."""
-        return self.grid + self.weight
+        return self.grid + self.offsets
 
     @values.setter
     def values(self, values: Tensor | list[float]) -> None:
@@ -141,7 +148,7 @@ class Spline(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"num_knots={len(self.weight)}, k_min={self.k_min}, k_max={self.k_max}, "
+            f"num_knots={self.num_knots}, k_min={self.k_min}, k_max={self.k_max}, "
             f"interpolation_method={self.interpolation_method!r}, extrapolation={self.extrapolation!r}"
         )
 
@@ -184,7 +191,12 @@ def _zeros(count: int) -> Tensor:
 
 def _scale(offset: nn.Parameter | None, like: Tensor) -> Tensor:
     """A scale from its stored deviation, (1,); without one, 1."""
-    return like.new_ones(1) if offset is None else 1 + offset
+    return torch.ones(1, device=like.device) if offset is None else 1 + _whole(offset)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The parameter itself, gathered from all processes where FSDP 2 has it in parts (never within a forward)."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @torch.no_grad()

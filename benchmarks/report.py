@@ -80,14 +80,10 @@ def mean_score(seeds: dict[int, Record], metric: str, rows: int) -> float:
 
 
 def best_rate(cell: Cell) -> float:
-    """The learning rate of the least mean nll on the even rows, over the seeds that all learning rates have."""
-    common = set.intersection(*map(set, cell.values()))
-
-    def even_nll(rate: float) -> float:
-        seeds = {seed: record for seed, record in cell[rate].items() if seed in common} or cell[rate]
-        return mean_score(seeds, "nll", EVEN)
-
-    return min(cell, key=even_nll)
+    """The learning rate of the least mean nll on the even rows: among those with the most seeds, over these seeds."""
+    most = max(map(len, cell.values()))
+    finalists = [rate for rate, seeds in cell.items() if len(seeds) == most]
+    return min(finalists, key=lambda rate: mean_score(cell[rate], "nll", EVEN))
 
 
 def is_bracketed(cell: Cell, rate: float) -> bool:

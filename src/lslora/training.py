@@ -58,6 +58,9 @@ class SplineTrainerMixin:
 
     Args:
         spline_lr_ratio: Learning rate of the splines over that of A and B, > 0.
+
+    Raises:
+        ValueError: `spline_lr_ratio` is not positive, or DeepSpeed is used with a penalty or a calibration.
     """
 
     def __init__(self, *args: Any, spline_lr_ratio: float = 1.0, **kwargs: Any) -> None:
@@ -65,6 +68,8 @@ class SplineTrainerMixin:
             raise ValueError(f"spline_lr_ratio must be positive, got {spline_lr_ratio}")
         self.spline_lr_ratio = spline_lr_ratio
         super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
+            _check_without_hooks(self.model)  # type: ignore[attr-defined]
         _complete_reference(self.model)  # type: ignore[attr-defined]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
@@ -78,6 +83,16 @@ class SplineTrainerMixin:
         if "loss" in logs:
             logs.update(spline_metrics(self.model))  # type: ignore[attr-defined]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+
+def _check_without_hooks(model: nn.Module) -> None:
+    """Raise ValueError for what happens when an optimizer steps: DeepSpeed's step parameters of their own making."""
+    for spline in (module for module in model.modules() if isinstance(module, Spline)):
+        if spline.spline_reg_weight or spline.calibration_steps:
+            raise ValueError(
+                "under DeepSpeed neither the penalty nor the calibration reaches the splines: set spline_reg_weight=0 "
+                f"and calibration_steps=0, got {spline.spline_reg_weight} and {spline.calibration_steps}"
+            )
 
 
 def _complete_reference(model: nn.Module) -> None:

@@ -169,3 +169,10 @@ def test_embeddings_are_checked_too():
     with pytest.raises(ValueError, match="the checkpoint has no .*0.lora_spline.default.weight"):
         set_peft_model_state_dict(model, {k: v for k, v in tensors.items() if k != key})
     set_peft_model_state_dict(model, tensors)
+
+
+@pytest.mark.parametrize("base", [lambda: nn.Embedding(5, 4), lambda: nn.Linear(5, 4)])
+def test_an_adapter_whose_name_begins_like_anothers_loads_alone(base):
+    model = get_peft_model(nn.Sequential(base()), LSLoraConfig(target_modules=["0"]), adapter_name="a")
+    model.add_adapter("ab", LSLoraConfig(target_modules=["0"]))
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="ab"), adapter_name="ab")

@@ -55,8 +55,8 @@ class LSLoraLayer:
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, spline in self.lora_spline.items():
-            matrices = f"{prefix}lora_A.{name}.", f"{prefix}lora_embedding_A.{name}"
-            if any(key.startswith(matrices) for key in state_dict):
+            linear, embedding = f"{prefix}lora_A.{name}.", f"{prefix}lora_embedding_A.{name}"
+            if any(key == embedding or key.startswith(linear) for key in state_dict):
                 _check_loadable(state_dict, [f"{prefix}lora_spline.{name}.{key}" for key in spline.state_dict()])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
 

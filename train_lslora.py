@@ -161,15 +161,17 @@ def train(args: argparse.Namespace, rows: list[Row], eval_rows: list[Row]) -> No
         peft_config=adapter_config(args),
         spline_lr_ratio=args.spline_lr_ratio,
     )
-    trainer.model.print_trainable_parameters()
+    if trainer.is_world_process_zero():
+        trainer.model.print_trainable_parameters()
     trainer.train(resume_from_checkpoint=args.resume)
     trainer.save_model()
     trainer.save_state()
     if args.method == "lslora":
         report_splines(trainer, args)
     accuracy = report_accuracy(trainer, tokenizer, eval_rows, args) if eval_rows else None
-    write_card(trainer, args, accuracy)
-    print(f"\nAdapter, log and report are in {args.output_dir}")
+    if trainer.is_world_process_zero():
+        write_card(trainer, args, accuracy)
+        print(f"\nAdapter, log and report are in {args.output_dir}")
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -268,7 +270,9 @@ def report_splines(trainer: Any, args: argparse.Namespace) -> None:
 
     with observe_occupancy(trainer.model) as occupancy:
         run_batches(trainer, OCCUPANCY_BATCHES)
-    records = spline_records(trainer.model, occupancy=occupancy)
+    records = spline_records(trainer.model, occupancy=occupancy)  # every process takes part: each may hold a shard
+    if not trainer.is_world_process_zero():
+        return
     save_records(records, Path(args.output_dir) / "spline_diagnostics.json")
     plot_splines(records, Path(args.output_dir) / "spline_curves.png")
     Console().print(spline_table(records))
@@ -286,17 +290,23 @@ def run_batches(trainer: Any, count: int) -> None:
 
 
 def report_accuracy(trainer: Any, tokenizer: Any, rows: list[Row], args: argparse.Namespace) -> dict[str, Any]:
-    """Answer the evaluation rows without and with the adapter; print both and how they differ."""
+    """Answer the evaluation rows without and with the adapter; print both and how they differ.
+
+    Every process answers all rows, since each may hold a shard of the model; the first one prints.
+    """
     from tqdm import tqdm
 
     from lslora.evaluation import evaluate
     from lslora.scoring import compare, format_comparison, format_table, summarize
 
     predictions = {}
+    silent = not trainer.is_world_process_zero()
     for name, adapter in (("base", trainer.model.disable_adapter()), (args.method, nullcontext())):
-        with adapter, tqdm(total=len(rows), desc=f"Answering ({name})", unit="row") as bar:
+        with adapter, tqdm(total=len(rows), desc=f"Answering ({name})", unit="row", disable=silent) as bar:
             predictions[name] = evaluate(trainer.model, tokenizer, rows, on_prediction=lambda _: bar.update())
     summaries = {name: summarize(found) for name, found in predictions.items()}
+    if silent:
+        return summaries
     print(f"\nAccuracy on {args.eval_dataset_path} in per cent, with 95 % intervals")
     print(format_table(summaries))
     print(f"\n{args.method} minus base")

@@ -6,6 +6,9 @@
 #
 # What follows the recipe's name is handed to train_lslora.py and overrides the recipe, e.g.
 #   bash train_lslora.sh smollm2 --method lora --output_dir outputs/smollm2-lora
+#
+# LAUNCH starts it on several GPUs, or CPU processes; scripts/accelerate has configurations for DDP, FSDP 2 and ZeRO-3:
+#   LAUNCH="accelerate launch --config_file scripts/accelerate/fsdp2.yaml" bash train_lslora.sh phi3
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -51,4 +54,4 @@ phi3)
 esac
 
 source scripts/environment.sh train
-exec python train_lslora.py "${arguments[@]}" "$@"
+exec ${LAUNCH:-python} train_lslora.py "${arguments[@]}" "$@"

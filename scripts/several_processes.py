@@ -1,9 +1,10 @@
-"""The same training on one process and on two: plain, DDP, FSDP 1 with peft's wrapping policy, and FSDP 2, on CPU.
+"""The same training on one process and on two, on CPU: plain, DDP, FSDP 1 with peft's wrapping policy, FSDP 2, and
+DeepSpeed's ZeRO-2 and ZeRO-3.
 
     python scripts/several_processes.py
 
-prints the losses of every step side by side, then those of going on alone from what two processes saved. All engines
-are torch's own; every step takes the same global batch.
+prints the losses of every step side by side, then those of going on alone from what two processes saved. Every step
+takes the same global batch.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lslora import LSLoraConfig
+from lslora.calibration import count_step
 from lslora.diagnostics import spline_metrics
-from lslora.training import separate_spline_group
+from lslora.training import prepare_for_deepspeed, separate_spline_group, splines_of
 
-ENGINES = ("alone", "ddp", "fsdp1", "fsdp2")
+ENGINES = ("alone", "ddp", "fsdp1", "fsdp2", "zero2", "zero3")
 STEPS, GLOBAL_BATCH, TOKENS = 6, 8, 7
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -54,7 +56,6 @@ def sharded_by_fsdp2(model: nn.Module) -> nn.Module:
 
 
 WRAP = {
-    "alone": lambda model: model,
     "ddp": DistributedDataParallel,
     "fsdp1": lambda model: FullyShardedDataParallel(
         model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=True, device_id=torch.device("cpu")
@@ -71,20 +72,67 @@ def batch(step: int) -> torch.Tensor:
     return rows[distributed.get_rank() :: distributed.get_world_size()]
 
 
-def train(model: nn.Module, steps: range) -> list[float]:
-    """The mean loss over all processes at every step."""
+class Loop:
+    """A training loop's parts: the wrapped model, and what a backward pass and a step are with it."""
+
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def backward_and_step(self, loss: torch.Tensor) -> None:
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class DeepSpeedLoop(Loop):
+    """The same with DeepSpeed's engine."""
+
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer, stage: int) -> None:
+        import deepspeed
+
+        prepare_for_deepspeed(model)
+        config = {
+            "train_micro_batch_size_per_gpu": GLOBAL_BATCH // 2,
+            "zero_optimization": {"stage": stage},
+            "gradient_clipping": 0.0,
+            # With these, the step is the optimizer's own.
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        super().__init__(engine, optimizer)
+
+    def backward_and_step(self, loss: torch.Tensor) -> None:
+        self.model.backward(loss)
+        self.model.step()
+        count_step(splines_of(self.model))
+
+
+def loop(engine: str) -> Loop:
+    """A fresh model and its optimizer, wrapped; `alone` is one process without a wrapper."""
+    model = fresh()
+    if engine in WRAP:
+        model = WRAP[engine](model)
+    optimizer = make_optimizer(model)
+    return DeepSpeedLoop(model, optimizer, int(engine[-1])) if engine.startswith("zero") else Loop(model, optimizer)
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     # Not Adam: where a gradient is zero but for rounding, it would make a whole step of the rounding.
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
     separate_spline_group(optimizer, model, lr_ratio=50.0)
+    return optimizer
+
+
+def train(loop: Loop, steps: range) -> list[float]:
+    """The mean loss over all processes at every step."""
     losses = []
     for step in steps:
         ids = batch(step)
-        logits = model(ids).logits
+        logits = loop.model(ids).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loop.backward_and_step(loss)
         mean = loss.detach()
         if distributed.is_initialized():
             distributed.all_reduce(mean)
@@ -97,10 +145,10 @@ def work(engine: str, folder: Path) -> None:
     """One process: train, save the adapter, note the losses and the splines' state."""
     if engine != "alone":
         distributed.init_process_group("gloo")
-    model = WRAP[engine](fresh())
-    losses = train(model, range(STEPS))
-    metrics = spline_metrics(model)
-    tensors = whole_state(model, engine)
+    found = loop(engine)
+    losses = train(found, range(STEPS))
+    metrics = spline_metrics(found.model)
+    tensors = whole_state(found.model, engine)
     if engine == "alone" or distributed.get_rank() == 0:
         # Through a model that was never wrapped: peft finds no adapter in one that FSDP 1 wrapped layer by layer.
         fresh().save_pretrained(folder, state_dict=tensors)
@@ -112,6 +160,12 @@ def work(engine: str, folder: Path) -> None:
 
 def whole_state(model: nn.Module, engine: str) -> dict[str, torch.Tensor]:
     """All of the model's tensors, gathered, under the names of the model that was not wrapped."""
+    if engine.startswith("zero"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            named = [*model.module.named_parameters(), *model.module.named_buffers()]
+            return {name: t.detach().clone() for name, t in named}
     if engine == "fsdp1":  # its own state_dict ends in a segmentation fault on CPU (torch 2.13, plain LoRA too)
         with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             named = [*model.named_parameters(), *model.named_buffers()]
@@ -122,7 +176,7 @@ def whole_state(model: nn.Module, engine: str) -> dict[str, torch.Tensor]:
 def go_on(folder: Path) -> list[float]:
     """Losses of two more steps on one process, from a saved adapter."""
     model = PeftModel.from_pretrained(base(), folder, is_trainable=True)
-    return train(model, range(STEPS, STEPS + 2))
+    return train(Loop(model, make_optimizer(model)), range(STEPS, STEPS + 2))
 
 
 def run(engine: str, folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ ALLOWED = {
     "scoring": set(),
     "embedded": set(),
     "diagnostics": {"spline"},
-    "training": {"diagnostics", "layer", "spline"},
+    "training": {"calibration", "diagnostics", "layer", "spline"},
     "evaluation": {"data", "scoring"},
     "card": {"embedded", "scoring"},
 }

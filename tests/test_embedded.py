@@ -1,6 +1,7 @@
 """The cache of the embedded model: made once, mended when broken, never left half made."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,14 @@ def test_made_once_and_reused(cache):
     first = embedded.resolve_model_name("smollm2")
     assert first == embedded.resolve_model_name("smollm2") == str(folder / embedded.FOLDER)
     assert len(made) == 1
-    assert [path.name for path in folder.iterdir()] == [embedded.FOLDER]
+    assert [path.name for path in folder.iterdir() if path.is_dir()] == [embedded.FOLDER]
+
+
+def test_processes_that_begin_at_once_make_it_once(cache):
+    _, made = cache
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: embedded.embedded_model(), range(2)))
+    assert folders[0] == folders[1] and len(made) == 1
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "manifest", "empty"])
@@ -63,7 +71,7 @@ def test_an_interrupted_conversion_leaves_no_model(cache, monkeypatch):
     monkeypatch.setattr(embedded, "_convert", killed)
     with pytest.raises(KeyboardInterrupt):
         embedded.embedded_model()
-    assert list(folder.iterdir()) == []
+    assert not any(path.is_dir() for path in folder.iterdir())
 
 
 def test_a_wrong_checksum_is_refused(tmp_path, monkeypatch):

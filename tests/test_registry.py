@@ -58,7 +58,7 @@ def test_supported_peft_versions(version):
 
 @pytest.mark.parametrize("version", ["0.20.9", "0.22.0", "0.22.0.dev0", "1.0", "0.2"])
 def test_other_peft_versions_are_refused_with_those_that_work(version):
-    with pytest.raises(ImportError, match=f"works with peft >=0.21,<0.22, but peft {version} is installed"):
+    with pytest.raises(ImportError, match=f"works with peft <0.22,>=0.21, but peft {version} is installed"):
         check_peft_version(version)
 
 

@@ -28,7 +28,7 @@ def test_one_process_learns_and_calibrates(alone):
     assert alone["metrics"]["spline/deviation"] > 1e-4
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2", "zero2", "zero3"])
 def test_two_processes_do_what_one_does(script, alone, engine, tmp_path):
     found = script.run(engine, tmp_path)
     assert found["losses"] == pytest.approx(alone["losses"], abs=1e-5)

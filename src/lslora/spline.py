@@ -52,6 +52,9 @@ class Spline(nn.Module):
         self.calibration_steps = config.calibration_steps
         self.register_buffer("grid_scale", _zeros(1) if config.calibration_steps else None)
         self._calibrated = False
+        # Where no optimizer steps these very parameters (`lslora.training.prepare_for_deepspeed`): the backward passes
+        # in a step, which share the penalty's gradient. Otherwise None.
+        self.micro_batches: int | None = None
         self._track()
 
     def _track(self) -> None:
@@ -119,6 +122,7 @@ class Spline(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Shape and dtype of `z`, any shape; see `lslora.ops.spline.spline`."""
+        self._check_engine()
         if self.grid_scale is None:
             return self._spline(z)
         if not self.is_calibrated:
@@ -133,10 +137,24 @@ class Spline(nn.Module):
             return z + nothing.to(z.dtype)
         return (self._spline(z / self.grid_scale) * self.grid_scale).to(z.dtype)
 
+    def _check_engine(self) -> None:
+        """Raise ValueError if the penalty and the calibration would be lost: DeepSpeed leaves its marks on weights."""
+        if self.micro_batches is not None or not (
+            hasattr(self.weight, "ds_id") or hasattr(self.weight, "_hp_mapping")
+        ):
+            return
+        waits = self.grid_scale is not None and not self.is_calibrated
+        if self.training and self.weight.requires_grad and (waits or self.spline_reg_weight):
+            raise ValueError(
+                "DeepSpeed's optimizers pass by the penalty and the calibration: before deepspeed.initialize, call "
+                "lslora.training.prepare_for_deepspeed, or train with lslora.training.SplineTrainerMixin"
+            )
+
     def _spline(self, z: Tensor) -> Tensor:
+        penalised = self.micro_batches is not None and self.spline_reg_weight
         return spline(
             z,
-            self.weight,
+            penalty.pulled_in_backward(self) if penalised else self.weight,
             self.input_scale,
             self.output_scale,
             k_min=self.k_min,
@@ -195,8 +213,15 @@ def _scale(offset: nn.Parameter | None, like: Tensor) -> Tensor:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """The parameter itself, gathered from all processes where FSDP 2 has it in parts (never within a forward)."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    """The parameter itself; outside of a forward pass, where FSDP 2 and ZeRO-3 have it in parts, gathered."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_id") and not parameter.numel():
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter
 
 
 @torch.no_grad()

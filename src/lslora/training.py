@@ -9,7 +9,9 @@ from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
+from transformers import TrainerCallback
 
+from .calibration import count_step
 from .diagnostics import spline_metrics
 from .layer import LSLoraLayer
 from .spline import Spline
@@ -35,7 +37,7 @@ def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr_ratio: f
     """
     if not lr_ratio > 0:
         raise ValueError(f"lr_ratio must be positive, got {lr_ratio}")
-    ids = {id(p) for m in model.modules() if isinstance(m, Spline) for p in m.parameters() if p.requires_grad}
+    ids = {id(p) for spline in splines_of(model) for p in spline.parameters() if p.requires_grad}
     sources = [group for group in optimizer.param_groups if any(id(p) in ids for p in group["params"])]
     if not sources:
         return
@@ -46,6 +48,31 @@ def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr_ratio: f
     for group in sources:
         group["params"] = [p for p in group["params"] if id(p) not in ids]
     optimizer.add_param_group({"params": moved, "lr": rates.pop() * lr_ratio, "weight_decay": 0.0})
+
+
+def prepare_for_deepspeed(model: nn.Module, *, gradient_accumulation_steps: int = 1) -> None:
+    """Let the penalty and the calibration reach the splines of `model` under DeepSpeed; before its `initialize`.
+
+    Its optimizers step parameters of their own making, where neither finds the splines. From here on every backward
+    pass adds its share of the penalty's gradient, which gradient clipping then sees as well; the calibration needs a
+    call of `lslora.calibration.count_step` after every step. `SplineTrainerMixin` does both.
+
+    Args:
+        model: A model with LS-LoRA adapters; without any, nothing changes.
+        gradient_accumulation_steps: ≥ 1, backward passes in a step.
+
+    Raises:
+        ValueError: `gradient_accumulation_steps` is below 1.
+    """
+    if gradient_accumulation_steps < 1:
+        raise ValueError(f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}")
+    for spline in splines_of(model):
+        spline.micro_batches = gradient_accumulation_steps
+
+
+def splines_of(model: nn.Module) -> list[Spline]:
+    """All splines of `model`, in its order."""
+    return [module for module in model.modules() if isinstance(module, Spline)]
 
 
 class SplineTrainerMixin:
@@ -60,22 +87,28 @@ class SplineTrainerMixin:
         spline_lr_ratio: Learning rate of the splines over that of A and B, > 0.
 
     Raises:
-        ValueError: `spline_lr_ratio` is not positive, or DeepSpeed is used with a penalty or a calibration.
+        ValueError: `spline_lr_ratio` is not positive, or DeepSpeed is set to its own optimizer or to fp16.
     """
 
     def __init__(self, *args: Any, spline_lr_ratio: float = 1.0, **kwargs: Any) -> None:
         if not spline_lr_ratio > 0:
             raise ValueError(f"spline_lr_ratio must be positive, got {spline_lr_ratio}")
         self.spline_lr_ratio = spline_lr_ratio
+        self._separated: Optimizer | None = None
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
-            _check_without_hooks(self.model)  # type: ignore[attr-defined]
+            _check_deepspeed(self.args.hf_deepspeed_config.config)  # type: ignore[attr-defined]
+            steps = self.args.gradient_accumulation_steps  # type: ignore[attr-defined]
+            prepare_for_deepspeed(self.model, gradient_accumulation_steps=steps)  # type: ignore[attr-defined]
+            self.add_callback(_StepCounter)  # type: ignore[attr-defined]
         _complete_reference(self.model)  # type: ignore[attr-defined]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The trainer's own optimizer, with the splines in a group of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        separate_spline_group(optimizer, self.model, lr_ratio=self.spline_lr_ratio)  # type: ignore[attr-defined]
+        if optimizer is not self._separated:  # a trainer may ask again for the optimizer it has
+            separate_spline_group(optimizer, self.model, lr_ratio=self.spline_lr_ratio)  # type: ignore[attr-defined]
+            self._separated = optimizer
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -85,14 +118,24 @@ class SplineTrainerMixin:
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
-def _check_without_hooks(model: nn.Module) -> None:
-    """Raise ValueError for what happens when an optimizer steps: DeepSpeed's step parameters of their own making."""
-    for spline in (module for module in model.modules() if isinstance(module, Spline)):
-        if spline.spline_reg_weight or spline.calibration_steps:
-            raise ValueError(
-                "under DeepSpeed neither the penalty nor the calibration reaches the splines: set spline_reg_weight=0 "
-                f"and calibration_steps=0, got {spline.spline_reg_weight} and {spline.calibration_steps}"
-            )
+def _check_deepspeed(config: dict[str, Any]) -> None:
+    """Raise ValueError for settings of DeepSpeed that would step the splines otherwise than asked for."""
+    if "optimizer" in config:
+        raise ValueError(
+            "the DeepSpeed configuration must have no optimizer, which would step the splines as it steps A and B: "
+            f"choose it with the trainer's `optim`; got {config['optimizer']}"
+        )
+    if config.get("fp16", {}).get("enabled") not in (None, False):
+        raise ValueError(
+            "under DeepSpeed LS-LoRA supports bf16 and fp32; the loss scaling of fp16 would hide the penalty"
+        )
+
+
+class _StepCounter(TrainerCallback):
+    """Tells the calibration of every optimizer step."""
+
+    def on_step_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        count_step(splines_of(model))
 
 
 def _complete_reference(model: nn.Module) -> None:

@@ -30,6 +30,8 @@ REFUSALS = (
     "init_lora_weights must be one of",
     "target_parameters merges the update into the parameter",
     "LS-LoRA does not support nn.MultiheadAttention",
+    "LS-LoRA does not support base layers that peft adapts with",
+    "'LSLORA' is not compatible with the `PeftMixedModel`",
     "which LS-LoRA does not support",
     "eva_config needs init_lora_weights='eva'",
     "megatron_config is not supported",

@@ -245,6 +245,23 @@ def compile_in_one_graph(placement: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@operation(GROUP, "torch.compile, other scalings: compiled again for the second, not for the third")
+def compiled_scalings(placement: str) -> None:
+    """LoRA's count too: torch makes a number a variable when it changes."""
+    torch._dynamo.reset()
+    model = bend(adapted(placement))
+    with may_be_refused():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        logits(compiled)
+        with rescale_adapter_scale(model, 0.5):
+            logits(compiled)
+        with rescale_adapter_scale(model, 2.0):
+            expected = logits(model)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                found = logits(compiled)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @operation(GROUP, "merge_and_unload")
 def merge_and_unload(placement: str) -> None:
     model = bend(adapted(placement))

@@ -84,10 +84,11 @@ class LSLoraConfig(LoraConfig):
 
     @classmethod
     def recommended(cls, **overrides: Any) -> LSLoraConfig:
-        """The settings that did best on validation rows (benchmarks/LOG.md), with `overrides` on top.
+        """The settings that did best on validation rows, with `overrides` on top; level with a tuned LoRA there.
 
-        They go with a learning rate of the splines of about 20 times that of A and B
-        (`lslora.training.separate_spline_group`), and with `calibration_steps` at a third of the run's steps: set it.
+        benchmarks/LOG.md says how they were found. They go with a learning rate of the splines of about 20 times that
+        of A and B (`lslora.training.separate_spline_group`), and with `calibration_steps` at a third of the run's
+        steps: set it.
         """
         settings: dict[str, Any] = {**RECOMMENDED, **overrides}
         settings.setdefault("lora_alpha", 10 * settings.get("r", LoraConfig().r))

@@ -16,7 +16,8 @@ ALLOWED = {
     "calibration": {"spline"},  # its splines, for type checkers only
     "penalty": {"spline"},  # its splines; imported when asked, since every spline registers there
     "ops.__init__": set(),
-    "ops.spline": {"ops.cpu", "ops.eager", "ops.reference"},
+    "ops.spline": {"ops.cpu", "ops.eager", "ops.reference", "ops.triton"},
+    "ops.triton": {"ops.reference"},
     "ops.cpu": {"ops.reference"},
     "ops.eager": {"ops.reference"},
     "ops.reference": set(),

@@ -1,13 +1,28 @@
 """The operation against closed forms, against autograd of the reference, and against finite differences in float64."""
 
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # runs the kernels on the CPU
+
 from lslora.ops import cpu, eager, reference
-from lslora.ops.spline import spline
+from lslora.ops.spline import HAS_TRITON, spline
+
+BACKENDS = [cpu, eager]
+if HAS_TRITON:
+    from lslora.ops import triton
+
+    BACKENDS.append(triton)
 
 METHODS = ["piecewise", "soft"]
 EXTRAPOLATIONS = ["clamp", "linear"]
@@ -95,10 +110,10 @@ def fixed_backend(backend, monkeypatch):
     if backend is cpu:
         assert not isinstance(cpu.library(), str), cpu.library()
     monkeypatch.setattr("lslora.ops.spline._backend", lambda tensor, dtype: backend)
-    return torch.float32 if backend is cpu else torch.float64
+    return torch.float64 if backend is eager else torch.float32
 
 
-@pytest.mark.parametrize("backend", [cpu, eager])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
 @pytest.mark.parametrize("num_knots", [2, 3, 5, 33])
 @pytest.mark.parametrize("shape", [(0, 7), (1,), (3, 5, 7), (101,)])
@@ -108,7 +123,7 @@ def test_written_gradients_equal_autograd_of_the_reference(backend, extrapolatio
     z = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
     z.view(-1)[: min(num_knots, z.numel())] = torch.linspace(-3, 3, num_knots, dtype=torch.float64)[: z.numel()]
     z = z.float().double()
-    if backend is cpu and num_knots == 33:  # in fp32 the product with the scale may fall on the other side of a knot
+    if backend is not eager and num_knots == 33:  # in fp32 t may fall on the other side of a knot
         z = z[..., :0] if z.ndim > 1 else z[:0]
     grad = torch.randn(z.shape, generator=generator, dtype=torch.float64)
     kwargs = {"k_min": -3.0, "k_max": 3.0, "interpolation_method": "piecewise", "extrapolation": extrapolation}
@@ -124,10 +139,11 @@ def test_written_gradients_equal_autograd_of_the_reference(backend, extrapolatio
         torch.testing.assert_close(actual[name].double(), value, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend is not eager])
 @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
-def test_compiled_gradients_of_many_knots_and_elements(extrapolation, monkeypatch):
+def test_compiled_gradients_of_many_knots_and_elements(backend, extrapolation, monkeypatch):
     """Against float64 on a sample far from all knots, where both precisions pick the same intervals."""
-    fixed_backend(cpu, monkeypatch)
+    fixed_backend(backend, monkeypatch)
     z = away_from_knots(-3, 3, 33, n=20_000).float()
     grad = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     kwargs = {"k_min": -3.0, "k_max": 3.0, "extrapolation": extrapolation}
@@ -150,7 +166,7 @@ def test_compiled_gradients_of_many_knots_and_elements(extrapolation, monkeypatc
         )
 
 
-@pytest.mark.parametrize("backend", [cpu, eager])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_knot_that_no_element_reaches_gets_an_exactly_zero_gradient(backend, monkeypatch):
     fixed_backend(backend, monkeypatch)
     z = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * 0.01 - 0.7  # between the 2nd and the 3rd knot
@@ -160,6 +176,43 @@ def test_a_knot_that_no_element_reaches_gets_an_exactly_zero_gradient(backend, m
     spline(z, offsets, input_scale, output_scale, k_min=-3, k_max=3).square().sum().backward()
     assert (offsets.grad[[0, 3, 4]] == 0).all()
     assert (offsets.grad[1:3] != 0).all()
+
+
+def test_a_forced_backend_runs_or_says_why_it_cannot(monkeypatch):
+    z, p, grid = torch.linspace(-4, 4, 101), parameters(dtype=torch.float32), {"k_min": -3, "k_max": 3}
+    expected = spline(z, *p, **grid)
+    module = importlib.import_module("lslora.ops.spline")
+    monkeypatch.setattr(module, "FORCED", "eager")
+    torch.testing.assert_close(spline(z, *p, **grid), expected)
+    monkeypatch.setattr(module, "FORCED", "cpu")
+    with pytest.raises(ValueError, match="LSLORA_BACKEND=cpu cannot run here: compiled for float32"):
+        spline(z.double(), *p, **grid)
+    monkeypatch.setattr(module, "FORCED", "triton")
+    with pytest.raises(ValueError, match="LSLORA_BACKEND=triton cannot run here"):
+        spline(z, *p, **grid)
+    monkeypatch.setattr(module, "FORCED", "gpu")
+    with pytest.raises(ValueError, match="LSLORA_BACKEND must be one of .* got 'gpu'"):
+        spline(z, *p, **grid)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_nan_and_disturbs_no_other_element(backend, monkeypatch):
+    dtype = fixed_backend(backend, monkeypatch)
+    z = torch.tensor([float("nan"), -4.0, 0.5], dtype=dtype, requires_grad=True)
+    y = spline(z, *parameters(dtype=dtype), k_min=-3, k_max=3)
+    assert y.isnan().tolist() == [True, False, False]
+    (gradient,) = torch.autograd.grad(y[1:].sum(), z)
+    assert gradient[1:].isfinite().all()
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_kernels_compile_for_gpus(architecture):
+    """Down to machine code, which needs no GPU; in a process of its own, where they are not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), str(architecture)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_without_a_compiler_the_plain_path_gives_the_same_numbers(monkeypatch):

@@ -94,16 +94,8 @@ def backward(
     rises, count = offsets.diff(), len(offsets) - 1
     sums = torch.zeros(2 * count + 2, dtype=torch.float64)
     _call("spline_backward", g, numbers, grad_z, numbers.numel(), shape, rises, sums)
-    left, right = sums[:count] - sums[count : 2 * count], sums[count : 2 * count]
-    zero = sums.new_zeros(1)
-    grad_offsets = torch.cat([left, zero]) + torch.cat([zero, right])
-    value = sums[-2] + (grad_offsets * offsets).sum()
-    return (
-        grad_z.to(z.dtype),
-        (output_scale * grad_offsets).float(),
-        (output_scale * sums[-1]).float(),
-        value.float().view(1),
-    )
+    s0, s1, value, slope_c = sums.split([count, count, 1, 1])
+    return grad_z.to(z.dtype), *reference.from_sums(s0, s1, value, slope_c, offsets, output_scale)
 
 
 def _shape(

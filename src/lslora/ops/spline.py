@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +15,9 @@ from . import cpu, eager, reference
 
 INTERPOLATION_METHODS = ("piecewise", "soft")
 EXTRAPOLATIONS = ("clamp", "linear")
+HAS_TRITON = find_spec("triton") is not None
+BACKENDS = ("triton", "cpu", "eager")  # of the piecewise spline
+FORCED = os.environ.get("LSLORA_BACKEND")  # one of them; read once
 
 
 def spline(
@@ -100,4 +105,29 @@ class _Piecewise(torch.autograd.Function):
 
 
 def _backend(tensor: Tensor, dtype: torch.dtype) -> ModuleType:
+    """What computes a spline of `tensor` in `dtype`: the fastest backend that can, or the forced one."""
+    if FORCED is not None:
+        return _forced(tensor, dtype)
+    if tensor.is_cuda and HAS_TRITON and not _module("triton").why_not(tensor, dtype):
+        return _module("triton")
     return eager if cpu.why_not(tensor, dtype) else cpu
+
+
+def _forced(tensor: Tensor, dtype: torch.dtype) -> ModuleType:
+    """The backend that `LSLORA_BACKEND` names; ValueError if it cannot run."""
+    if FORCED not in BACKENDS:
+        raise ValueError(f"LSLORA_BACKEND must be one of {BACKENDS}, got {FORCED!r}")
+    if FORCED == "triton" and not HAS_TRITON:
+        raise ValueError("LSLORA_BACKEND=triton cannot run here: triton is not installed")
+    backend = _module(FORCED)
+    if reason := backend.why_not(tensor, dtype):
+        raise ValueError(f"LSLORA_BACKEND={FORCED} cannot run here: {reason}")
+    return backend
+
+
+def _module(name: str) -> ModuleType:
+    if name == "triton":  # not everywhere, and slow to import
+        from . import triton
+
+        return triton
+    return {"cpu": cpu, "eager": eager}[name]

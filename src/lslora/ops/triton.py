@@ -1,0 +1,153 @@
+"""The piecewise spline on CUDA: one kernel forward, one backward; see `reference` for the mathematics and notation.
+
+All gradients of the spline follow from two sums an interval, `S0[j] = Σ g` and `S1[j] = Σ g f` with f the fraction of
+the interval. Every program adds up its elements and writes its sums to a place of its own, so there are no atomics,
+two runs give the same bits, and a knot without elements beside it gets an exact zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference
+
+TILE = 1024  # elements at a time
+MAX_TILE_SUMS = 8192  # elements times intervals that one program holds in registers
+MAX_PROGRAMS = 1024
+
+
+@triton.jit
+def _clamp(x, low, high):  # a NaN falls through both comparisons unchanged
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def _place(z, scale_in, k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr):
+    """c (the clamped z), t, u (the clamped t), the position p and its interval j."""
+    c = _clamp(z, k_min, k_max) if clamps else z
+    t = scale_in * c
+    u = _clamp(t, k_min, k_max) if clamps else t
+    p = (u - k_min) * per_spacing
+    reached = tl.where(p > 0, p, 0.0)  # of a NaN the first interval; it lives on in p
+    j = tl.minimum(reached, last * 1.0).to(tl.int32)
+    return c, t, u, p, j
+
+
+@triton.jit
+def _forward(
+    z_at, out_at, offset_at, scale_in_at, scale_out_at, count, k_min, k_max, per_spacing,
+    last: tl.constexpr, clamps: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    inside = i < count
+    z = tl.load(z_at + i, inside, 0.0).to(tl.float32)
+    _, _, u, p, j = _place(z, tl.load(scale_in_at), k_min, k_max, per_spacing, last, clamps)
+    left, right = tl.load(offset_at + j), tl.load(offset_at + j + 1)
+    value = u + (left + (p - j.to(tl.float32)) * (right - left))
+    tl.store(out_at + i, (tl.load(scale_out_at) * value).to(out_at.dtype.element_ty), inside)
+
+
+@triton.jit
+def _backward(
+    g_at, z_at, grad_z_at, sums_at, offset_at, scale_in_at, scale_out_at, count, tiles, k_min, k_max, per_spacing,
+    last: tl.constexpr, clamps: tl.constexpr, size: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
+    """Row `program` of sums, (4, width): S0, S1, and in the first column of the others Σ g u and Σ g slope c."""
+    scale_in, scale_out = tl.load(scale_in_at), tl.load(scale_out_at)
+    columns = tl.arange(0, width)
+    s0, s1 = tl.zeros((width,), tl.float32), tl.zeros((width,), tl.float32)
+    values, slopes = tl.zeros((size,), tl.float32), tl.zeros((size,), tl.float32)
+    tile = tl.program_id(0)
+    while tile < tiles:
+        i = tl.full((1,), size, tl.int64) * tile + tl.arange(0, size)
+        inside = i < count
+        g = tl.load(g_at + i, inside, 0.0).to(tl.float32)
+        z = tl.load(z_at + i, inside, 0.0).to(tl.float32)
+        c, t, u, p, j = _place(z, scale_in, k_min, k_max, per_spacing, last, clamps)
+        rise = tl.load(offset_at + j + 1) - tl.load(offset_at + j)
+        slope = tl.where(u == t, 1.0 + rise * per_spacing, 0.0)
+        grad_z = tl.where(c == z, g * slope * (scale_in * scale_out), 0.0)
+        tl.store(grad_z_at + i, grad_z.to(grad_z_at.dtype.element_ty), inside)
+        part = g * (p - j.to(tl.float32))
+        mine = j[:, None] == columns[None, :]
+        s0 += tl.sum(tl.where(mine, g[:, None], 0.0), 0)
+        s1 += tl.sum(tl.where(mine, part[:, None], 0.0), 0)
+        values += g * u
+        slopes += g * slope * c
+        tile += tl.num_programs(0)
+    row = sums_at + tl.program_id(0) * 4 * width + columns
+    tl.store(row, s0)
+    tl.store(row + width, s1)
+    tl.store(row + 2 * width, tl.where(columns == 0, tl.sum(values, 0), 0.0))
+    tl.store(row + 3 * width, tl.where(columns == 0, tl.sum(slopes, 0), 0.0))
+
+
+def why_not(tensor: Tensor, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot take a tensor that is computed in `dtype`, or None if it can."""
+    if not tensor.is_cuda:
+        return f"the tensor is on {tensor.device}"
+    if dtype != torch.float32:
+        return f"written for float32, not {dtype}"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace into it"
+    return None
+
+
+def forward(
+    z: Tensor,
+    offsets: Tensor,
+    input_scale: Tensor,
+    output_scale: Tensor,
+    k_min: float,
+    k_max: float,
+    extrapolation: str,
+) -> Tensor:
+    """As `lslora.ops.spline.spline`; computed in float32, returned in the dtype of `z`."""
+    z = z.contiguous()
+    out = z.new_empty(z.shape)
+    if z.numel():
+        numbers, settings = _arguments(offsets, k_min, k_max, extrapolation)
+        _forward[(triton.cdiv(z.numel(), TILE),)](
+            z, out, offsets.contiguous(), input_scale, output_scale, z.numel(), *numbers, **settings, size=TILE
+        )
+    return out
+
+
+def backward(
+    grad_output: Tensor,
+    z: Tensor,
+    offsets: Tensor,
+    input_scale: Tensor,
+    output_scale: Tensor,
+    k_min: float,
+    k_max: float,
+    extrapolation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `z` (its dtype), `offsets`, `input_scale` and `output_scale` (float32)."""
+    g, z = grad_output.contiguous(), z.contiguous()
+    grad_z = z.new_empty(z.shape)
+    width = triton.next_power_of_2(len(offsets))
+    size = max(1, min(TILE, MAX_TILE_SUMS // width))
+    tiles = triton.cdiv(z.numel(), size)
+    programs = max(1, min(tiles, MAX_PROGRAMS))
+    sums = z.new_empty(programs, 4, width, dtype=torch.float32)
+    numbers, settings = _arguments(offsets, k_min, k_max, extrapolation)
+    _backward[(programs,)](
+        g, z, grad_z, sums, offsets.contiguous(), input_scale, output_scale, z.numel(), tiles, *numbers, **settings,
+        size=size, width=width,
+    )  # fmt: skip
+    s0, s1, value, slope = sums.double().sum(0)
+    count = len(offsets) - 1
+    return grad_z, *reference.from_sums(s0[:count], s1[:count], value[:1], slope[:1], offsets, output_scale)
+
+
+def _arguments(
+    offsets: Tensor, k_min: float, k_max: float, extrapolation: str
+) -> tuple[tuple[float, float, float], dict[str, int]]:
+    """What both kernels want to know of the grid: numbers, and what they are compiled for."""
+    per_spacing = 1 / reference.spacing(len(offsets), k_min, k_max)
+    return (k_min, k_max, per_spacing), {"last": len(offsets) - 2, "clamps": extrapolation == "clamp"}

@@ -1,0 +1,36 @@
+"""Compiles the Triton kernels for an NVIDIA architecture (80, 90, …) given on the command line, without a GPU."""
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lslora.ops import triton as kernels
+
+NUMBERS = {"k_min": "fp32", "k_max": "fp32", "per_spacing": "fp32"}
+SPLINE = {"offset_at": "*fp32", "scale_in_at": "*fp32", "scale_out_at": "*fp32"}
+
+
+def compile_for(target, kernel, types, constants):
+    types = types | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.arg_names}
+    compiled = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=target)
+    if not compiled.asm["cubin"]:
+        raise RuntimeError(f"no machine code for {kernel} with {constants}")
+
+
+def main(architecture):
+    target = GPUTarget("cuda", architecture, 32)
+    for dtype in ("fp32", "bf16", "fp16"):
+        z = f"*{dtype}"
+        types = NUMBERS | SPLINE | {"z_at": z, "out_at": z, "count": "i64"}
+        compile_for(target, kernels._forward, types, {"last": 3, "clamps": True, "size": kernels.TILE})
+        types |= {"g_at": z, "grad_z_at": z, "sums_at": "*fp32", "tiles": "i32"}
+        for width, size, clamps in ((8, 1024, True), (64, 128, False)):
+            constants = {"last": width - 2, "clamps": clamps, "size": size, "width": width}
+            compile_for(target, kernels._backward, types, constants)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

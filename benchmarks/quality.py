@@ -33,14 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plan", type=Path, required=True, help="TOML file with the matrix of runs")
     parser.add_argument("--data", type=Path, default=Path("."), help="folder that the plan's paths start from")
     parser.add_argument("--results", type=Path, default=RESULTS, help="holds a folder for each plan")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these, all by default")
+    parser.add_argument("--lr", type=float, nargs="+", help="only these learning rates, all by default")
     args = parser.parse_args(argv)
     setting, runs = read_plan(args.plan)
+    part = [run for run in runs if (not args.seeds or run.seed in args.seeds) and (not args.lr or run.lr in args.lr)]
     folder = args.results / args.plan.stem
     if args.command == "run":
-        return do_runs(setting, runs, args.data, folder)
-    from .report import report
+        return do_runs(setting, part, args.data, folder)
+    from .report import draw, report
 
-    report(load_records(runs, folder), folder)
+    report(load_records(part, folder))
+    if part == runs:
+        draw(load_records(runs, folder), folder)
     return 0
 
 

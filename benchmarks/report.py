@@ -38,22 +38,31 @@ class Difference(NamedTuple):
     p: float
 
 
-def report(records: list[Record], folder: Path, baseline: str = "lora") -> None:
-    """Print the tables; save `learning_rates.png`, `differences.png`, `learning_curves.png`, `splines_*.png`."""
+def report(records: list[Record], baseline: str = "lora") -> None:
+    """Print the tables."""
     console = Console(width=140)
     cells = group(records)
-    metrics = [m for m in METRICS if all(m in r.get("validation", {m: 0}) for r in records)]
-    for metric in metrics:
+    for metric in metrics_of(records):
         console.print(rate_table(cells, metric))
         console.print(difference_table(cells, metric, baseline))
     console.print(spline_table(cells))
+
+
+def draw(records: list[Record], folder: Path, baseline: str = "lora") -> None:
+    """Save `learning_rates.png`, `differences.png`, `learning_curves.png` and the `splines_*.png`."""
+    cells = group(records)
     for (r, name), cell in cells.items():
         record = next(iter(cell[best_rate(cell)].values()))
         if "splines" in record:
             plot_splines(record["splines"], folder / f"splines_{name}_r{r}.png")
     plot_rates(cells, folder / "learning_rates.png")
-    plot_differences(cells, metrics, baseline, folder / "differences.png")
+    plot_differences(cells, metrics_of(records), baseline, folder / "differences.png")
     plot_curves(cells, folder / "learning_curves.png")
+
+
+def metrics_of(records: list[Record]) -> list[str]:
+    """Those that every run has that did not diverge."""
+    return [m for m in METRICS if all(m in record.get("validation", {m: 0}) for record in records)]
 
 
 def group(records: list[Record]) -> dict[tuple[int, str], Cell]:

@@ -276,11 +276,29 @@ def test_paired_difference_in_closed_form():
 
 def test_a_report_is_printed_and_drawn(tmp_path, capsys):
     records = [record(n, lr, s, 0.4 + 0.01 * s) for n in ("lora", "o") for lr in (1e-3, 2e-3) for s in (0, 1)]
-    report.report(records, tmp_path)
+    report.report(records)
+    report.draw(records, tmp_path)
     shown = capsys.readouterr().out
     assert "nll on the odd rows" in shown and "1.4050" in shown
     for name in ("learning_rates", "differences", "learning_curves"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_of_a_part_leaves_the_pictures_alone(plan, tmp_path, capsys):
+    _, runs = quality.read_plan(plan)
+    folder = tmp_path / plan.stem
+    folder.mkdir()
+    for run in runs:
+        found = record(run.name, run.lr, run.seed, 0.4 + 0.01 * run.seed)
+        found["run"]["r"] = run.r
+        (folder / f"{run.id}.json").write_text(json.dumps(found))
+    seed, lr = runs[-1].seed, runs[-1].lr
+    arguments = ["report", "--plan", str(plan), "--results", str(tmp_path)]
+    assert quality.main([*arguments, "--seeds", str(seed), "--lr", str(lr)]) == 0
+    assert f"{1 + 0.4 + 0.01 * seed:.4f}" in capsys.readouterr().out
+    assert not list(folder.glob("*.png"))
+    assert quality.main(arguments) == 0
+    assert list(folder.glob("*.png"))
 
 
 def test_results_are_whole_files(plan, tmp_path, monkeypatch):

@@ -95,6 +95,12 @@ def best_rate(cell: Cell) -> float:
     return min(finalists, key=lambda rate: mean_score(cell[rate], "nll", EVEN))
 
 
+def common_seeds(cell: Cell) -> dict[float, dict[int, Record]]:
+    """The cell with the seeds alone that all its learning rates have, so that rates can be compared."""
+    seeds = set.intersection(*(set(records) for records in cell.values()))
+    return {rate: {seed: cell[rate][seed] for seed in sorted(seeds)} for rate in sorted(cell)}
+
+
 def is_bracketed(cell: Cell, rate: float) -> bool:
     """Whether a lower and a higher learning rate were tried as well."""
     return min(cell) < rate < max(cell)
@@ -113,16 +119,14 @@ def difference(cell: Cell, baseline: Cell, metric: str) -> Difference | None:
 
 
 def rate_table(cells: dict[tuple[int, str], Cell], metric: str) -> Table:
-    """Means over seeds at every learning rate."""
+    """Means at every learning rate over the seeds that a method has at all of them."""
     rates = sorted({rate for cell in cells.values() for rate in cell})
-    table = Table(title=f"{metric} on the even rows, {METRICS[metric]}")
+    table = Table(title=f"{metric} on the even rows, seeds that all rates of a method have, {METRICS[metric]}")
     for heading in ("r", "method", *(f"lr {rate:g}" for rate in rates), "best lr", "bracketed"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for (r, name), cell in sorted(cells.items()):
-        means = [
-            f"{fmean(score(x, metric, EVEN) for x in cell[rate].values()):.4f}" if rate in cell else ""
-            for rate in rates
-        ]
+        common = common_seeds(cell)
+        means = [f"{mean_score(common[rate], metric, EVEN):.4f}" if common.get(rate) else "" for rate in rates]
         best = best_rate(cell)
         table.add_row(str(r), name, *means, f"{best:g}", "yes" if is_bracketed(cell, best) else "no")
     return table
@@ -161,13 +165,13 @@ def spline_table(cells: dict[tuple[int, str], Cell]) -> Table:
 
 
 def plot_rates(cells: dict[tuple[int, str], Cell], path: Path) -> None:
-    """nll against the learning rate, one panel for each rank, one line for each method."""
+    """nll against the learning rate over common seeds, one panel for each rank, one line for each method."""
     ranks = sorted({r for r, _ in cells})
     figure = Figure(figsize=(1 + 5 * len(ranks), 4.5), layout="constrained")
     for axis, r in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks, strict=True):
         for (rank, name), cell in sorted(cells.items()):
             if rank == r:
-                points = [(lr, mean_score(cell[lr], "nll", EVEN)) for lr in sorted(cell)]
+                points = [(lr, mean_score(seeds, "nll", EVEN)) for lr, seeds in common_seeds(cell).items() if seeds]
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
         axis.set(xscale="log", xlabel="learning rate", title=f"r = {r}")
         axis.legend(fontsize=7)

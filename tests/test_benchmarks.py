@@ -256,6 +256,14 @@ def test_the_rate_is_chosen_among_those_with_the_most_seeds():
     assert report.best_rate(cell) == 4e-3
 
 
+def test_learning_rates_are_compared_over_the_seeds_they_share():
+    records = [record("lora", 1e-3, 0, 0.2), record("lora", 2e-3, 0, 0.3), record("lora", 2e-3, 1, 0.9)]
+    (cell,) = report.group(records).values()
+    found = report.common_seeds(cell)
+    assert {rate: list(seeds) for rate, seeds in found.items()} == {1e-3: [0], 2e-3: [0]}
+    assert report.mean_score(found[2e-3], "nll", report.EVEN) == pytest.approx(0.3)
+
+
 def test_paired_difference_in_closed_form():
     base, other = [0.50, 0.61, 0.42], [0.48, 0.60, 0.39]
     cells = report.group(

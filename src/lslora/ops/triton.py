@@ -111,9 +111,10 @@ def forward(
     out = z.new_empty(z.shape)
     if z.numel():
         numbers, settings = _arguments(offsets, k_min, k_max, extrapolation)
-        _forward[(triton.cdiv(z.numel(), TILE),)](
-            z, out, offsets.contiguous(), input_scale, output_scale, z.numel(), *numbers, **settings, size=TILE
-        )
+        with torch.cuda.device_of(z):
+            _forward[(triton.cdiv(z.numel(), TILE),)](
+                z, out, offsets.contiguous(), input_scale, output_scale, z.numel(), *numbers, **settings, size=TILE
+            )
     return out
 
 
@@ -136,10 +137,11 @@ def backward(
     programs = max(1, min(tiles, MAX_PROGRAMS))
     sums = z.new_empty(programs, 4, width, dtype=torch.float32)
     numbers, settings = _arguments(offsets, k_min, k_max, extrapolation)
-    _backward[(programs,)](
-        g, z, grad_z, sums, offsets.contiguous(), input_scale, output_scale, z.numel(), tiles, *numbers, **settings,
-        size=size, width=width,
-    )  # fmt: skip
+    with torch.cuda.device_of(z):
+        _backward[(programs,)](
+            g, z, grad_z, sums, offsets.contiguous(), input_scale, output_scale, z.numel(), tiles,
+            *numbers, **settings, size=size, width=width,
+        )  # fmt: skip
     s0, s1, value, slope = sums.double().sum(0)
     count = len(offsets) - 1
     return grad_z, *reference.from_sums(s0[:count], s1[:count], value[:1], slope[:1], offsets, output_scale)

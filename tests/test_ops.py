@@ -12,9 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # runs the kernels on the CPU
-
 from lslora.ops import cpu, eager, reference
 from lslora.ops.spline import HAS_TRITON, spline
 

@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from lslora import LSLoraConfig, Spline
+from lslora import LSLoraConfig
+from lslora.spline import splines_of
 
 from .forms import attach_forms
 from .original import break_splines
@@ -68,7 +69,7 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
         raise ValueError(f"kind must be one of {(*PLAIN, 'lslora')}, got {kind!r}")
     peft_model = get_peft_model(model, LSLoraConfig(**shared, **options))
     break_splines(peft_model, **method.get("defects", {}))
-    for spline in (m for m in peft_model.modules() if isinstance(m, Spline)):
+    for spline in splines_of(peft_model):
         if "learns" in method:
             for name, parameter in spline.named_parameters():
                 parameter.requires_grad_(name in method["learns"])

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lslora import Spline
+from lslora.spline import splines_of
 
 
 def break_splines(
     model: nn.Module, *, wavy_start: bool = False, tanh: bool = False, small_output: bool = False
 ) -> None:
     """Put the chosen defects into every spline of `model`, in place."""
-    for spline in (module for module in model.modules() if isinstance(module, Spline)):
+    for spline in splines_of(model):
         if wavy_start:
             spline.values = spline.grid + 0.2 * torch.sin(torch.pi * spline.grid)
         if tanh:

@@ -43,9 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         return do_runs(setting, part, args.data, folder)
     from .report import draw, report
 
-    report(load_records(part, folder))
+    records = load_records(part, folder)
+    report(records)
     if part == runs:
-        draw(load_records(runs, folder), folder)
+        draw(records, folder)
     return 0
 
 

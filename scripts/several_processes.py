@@ -30,7 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lslora import LSLoraConfig
 from lslora.calibration import count_step
 from lslora.diagnostics import spline_metrics
-from lslora.training import prepare_for_deepspeed, separate_spline_group, splines_of
+from lslora.spline import splines_of
+from lslora.training import prepare_for_deepspeed, separate_spline_group
 
 ENGINES = ("alone", "ddp", "fsdp1", "fsdp2", "zero2", "zero3")
 STEPS, GLOBAL_BATCH, TOKENS = 6, 8, 7

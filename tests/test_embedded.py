@@ -1,6 +1,7 @@
 """The cache of the embedded model: made once, mended when broken, never left half made."""
 
 import hashlib
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,8 +36,10 @@ def test_made_once_and_reused(cache):
     assert [path.name for path in folder.iterdir() if path.is_dir()] == [embedded.FOLDER]
 
 
-def test_processes_that_begin_at_once_make_it_once(cache):
+def test_processes_that_begin_at_once_make_it_once(cache, monkeypatch):
     _, made = cache
+    fetch = embedded._fetch_gguf
+    monkeypatch.setattr(embedded, "_fetch_gguf", lambda folder: time.sleep(0.3) or fetch(folder))
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: embedded.embedded_model(), range(2)))
     assert folders[0] == folders[1] and len(made) == 1

@@ -33,10 +33,9 @@ def spline_penalty(model: nn.Module) -> Tensor:
 
     For those who want to see it; training needs no call of this.
     """
-    from .spline import Spline
+    from .spline import splines_of
 
-    splines = [module for module in model.modules() if isinstance(module, Spline)]
-    terms = [s.spline_reg_weight * _in_unit_of_z(s, s.offsets).square().mean() for s in splines]
+    terms = [s.spline_reg_weight * _in_unit_of_z(s, s.offsets).square().mean() for s in splines_of(model)]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 

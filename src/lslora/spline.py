@@ -203,6 +203,11 @@ class Spline(nn.Module):
         self._track()
 
 
+def splines_of(model: nn.Module) -> list[Spline]:
+    """All splines of `model`, in its order."""
+    return [module for module in model.modules() if isinstance(module, Spline)]
+
+
 def _zeros(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.float32)
 

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from .calibration import count_step
 from .diagnostics import spline_metrics
 from .layer import LSLoraLayer
-from .spline import Spline
+from .spline import Spline, splines_of
 
 # Goes with `LSLoraConfig.recommended` (benchmarks/LOG.md).
 RECOMMENDED_LR_RATIO = 20.0
@@ -68,11 +68,6 @@ def prepare_for_deepspeed(model: nn.Module, *, gradient_accumulation_steps: int 
         raise ValueError(f"gradient_accumulation_steps must be at least 1, got {gradient_accumulation_steps}")
     for spline in splines_of(model):
         spline.micro_batches = gradient_accumulation_steps
-
-
-def splines_of(model: nn.Module) -> list[Spline]:
-    """All splines of `model`, in its order."""
-    return [module for module in model.modules() if isinstance(module, Spline)]
 
 
 class SplineTrainerMixin:

@@ -217,3 +217,11 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path):
     assert any((s.weight != 0).any() for s in splines(whole))
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_an_optimizer_asked_for_twice_keeps_its_rates(tmp_path):
+    ratio = {"spline_lr_ratio": 3.0}
+    trainer = sft(tmp_path, model(), trainer=SplineSFTTrainer, trainer_settings=ratio, learning_rate=1e-2)
+    optimizer = trainer.create_optimizer()
+    assert trainer.create_optimizer() is optimizer
+    assert sorted(group["lr"] for group in optimizer.param_groups if group["params"]) == pytest.approx([1e-2, 3e-2])

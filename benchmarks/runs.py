@@ -9,6 +9,7 @@ import tempfile
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from lslora.training import SplineTrainerMixin
 
 from .forms import separate_form_group
 from .methods import attach
-from .tasks import Example, Prefix, collate, completion_logits, evaluate, load_examples
+from .tasks import Example, Prefix, candidates, collate, completion_logits, evaluate, load_examples
 
 PACKAGES = ("lslora", "peft", "torch", "transformers")
 
@@ -44,6 +45,7 @@ class Setting:
         batch_size: Rows a step.
         warmup_steps: Steps over which the learning rate rises; it falls linearly to 0 afterwards.
         max_grad_norm: Gradients are clipped to this norm.
+        cloze: Questions are asked without their numbered answers and answered with the text of one.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Setting:
     batch_size: int = 8
     warmup_steps: int = 4
     max_grad_norm: float = 1.0
+    cloze: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,13 @@ class Bench:
         self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        self.train = load_examples(data / setting.train, tokenizer, setting.max_tokens, setting.train_rows)
-        self.validation = load_examples(
-            data / setting.validation, tokenizer, setting.max_tokens, setting.validation_rows
-        )
+        rows = partial(load_examples, tokenizer=tokenizer, max_tokens=setting.max_tokens, cloze=setting.cloze)
+        self.train = rows(data / setting.train, max_rows=setting.train_rows)
+        self.validation = rows(data / setting.validation, max_rows=setting.validation_rows)
         if setting.first_layer:
             prefix = Prefix(self.model, setting.first_layer, Path(setting.model).name)
             prefix.attach_states(self.train)
-            prefix.attach_states(self.validation)
+            prefix.attach_states([candidate for row in self.validation for candidate in candidates(row)])
         self.model.to(self.device)
 
     def measure(self, run: Run) -> dict[str, Any]:

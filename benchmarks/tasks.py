@@ -7,6 +7,7 @@ disk; a model that starts there learns exactly what the whole model would, in a 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,41 +26,66 @@ BATCH_SIZE = 8
 
 Example = dict[str, Any]
 
+_NUMBERED = re.compile(r"[^:]*: (?P<question>.*?)\s*\n\n(?P<answers>Answer1:.*?)\s*Answer format:.*", re.DOTALL)
+_ANSWER = re.compile(r"(Answer\d+): *(.*?)\s*(?=Answer\d+:|\Z)", re.DOTALL)
 
-def load_examples(path: Path, tokenizer: Any, max_tokens: int, max_rows: int | None = None) -> list[Example]:
+
+def load_examples(
+    path: Path, tokenizer: Any, max_tokens: int, max_rows: int | None = None, cloze: bool = False
+) -> list[Example]:
     """The file's rows of at most `max_tokens` tokens, or `max_rows` evenly spread ones, as `encode` returns them."""
-    examples = [encode(row, tokenizer) for row in load_rows(path)]
+    examples = [encode(row, tokenizer, cloze) for row in load_rows(path)]
     examples = [example for example in examples if len(example["input_ids"]) < max_tokens]
     count = min(max_rows or len(examples), len(examples))
     return [examples[i * len(examples) // count] for i in range(count)]
 
 
-def encode(row: Row, tokenizer: Any) -> Example:
-    """`input_ids` (T,) int64 and `targets` (T,): the token that follows, or −100 where it belongs to the prompt.
+def encode(row: Row, tokenizer: Any, cloze: bool = False) -> Example:
+    """The row as `encode_text` returns it, and under `wrong` the same with every other of its options, if it has any.
 
-    With the row's options, if it has any, and they differ in one token: `choice`, the position among the completion's
-    tokens, the options' token ids there, and the index of the right one.
+    Args:
+        row: A row as `lslora.data.load_rows` returns it.
+        tokenizer: The model's.
+        cloze: Ask without naming the options, and answer with the option's text (`written_out`).
     """
+    right, wrong = written_out(row) if cloze else (row, other_answers(row))
+    return encode_text(right, tokenizer) | {"wrong": [encode_text(other, tokenizer) for other in wrong]}
+
+
+def encode_text(row: Row, tokenizer: Any) -> Example:
+    """`input_ids` (T,) int64 and `targets` (T,): the token that follows, or −100 where it belongs to the prompt."""
     text = to_prompt_completion(row)
     prompt = tokenizer(text["prompt"])["input_ids"]
     completion = tokenizer(text["completion"], add_special_tokens=False)["input_ids"]
     ids = torch.tensor([*prompt, *completion, tokenizer.eos_token_id])
     targets = ids[1:].clone()
     targets[: len(prompt) - 1] = IGNORED
-    return {"input_ids": ids[:-1], "targets": targets, "choice": _choice(row, completion, tokenizer)}
+    return {"input_ids": ids[:-1], "targets": targets}
 
 
-def _choice(row: Row, completion: list[int], tokenizer: Any) -> tuple[int, list[int], int] | None:
-    options = options_of(row)
-    if not options:
-        return None
-    texts = [option_completion(row, option) for option in options]
-    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    places = {i for other in tokens for i, (a, b) in enumerate(zip(other, completion, strict=True)) if a != b}
-    if len(places) != 1:
-        raise ValueError(f"the options of a row must differ in one token, {options} differ in {len(places)}")
-    place = places.pop()
-    return place, [other[place] for other in tokens], options.index(row["answer"])
+def other_answers(row: Row) -> list[Row]:
+    """The row with each of the options that are not its answer."""
+    options = [option for option in options_of(row) or () if option != row["answer"]]
+    return [row | {"output": option_completion(row, option)} for option in options]
+
+
+def written_out(row: Row) -> tuple[Row, list[Row]]:
+    """A question with numbered answers → the question alone, answered by the right text and by each of the others.
+
+    Raises:
+        ValueError: the instruction is not `…: QUESTION` and `Answer1: … Answer2: …` with one of them the answer.
+    """
+    found = _NUMBERED.fullmatch(row["instruction"])
+    texts = {name.lower(): text for name, text in _ANSWER.findall(found["answers"])} if found else {}
+    if not found or row["answer"] not in texts:
+        raise ValueError(f"a row must ask for one of its numbered answers, got {row['instruction']!r}")
+    asked = {name: row | {"instruction": found["question"], "output": text} for name, text in texts.items()}
+    return asked.pop(row["answer"]), list(asked.values())
+
+
+def candidates(example: Example) -> list[Example]:
+    """The right answer first, then the wrong ones."""
+    return [example, *example["wrong"]]
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -79,34 +105,39 @@ def completion_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
     return model.get_output_embeddings()(hidden[picked]).float(), batch["targets"][picked]
 
 
-@torch.inference_mode()
 def evaluate(model: Any, examples: Sequence[Example]) -> dict[str, Any]:
     """What the model makes of held-out rows.
 
     Returns:
-        `nll`, mean negative log-likelihood per completion token in nats; `row_nll`, its sum in every row, and
-        `row_tokens`; and, where rows have options, `accuracy` (share whose likeliest option is right) and
-        `row_correct`.
+        `nll`, mean negative log-likelihood per token of the right completions in nats; `row_nll`, its sum in every
+        row, and `row_tokens`; and, where rows have options, `accuracy` (share whose likeliest completion is the right
+        one) and `row_correct`.
     """
+    found = likelihoods(model, [candidate for example in examples for candidate in candidates(example)])
+    rows = [[found.pop(0) for _ in candidates(example)] for example in examples]
+    nll, counts = [row[0][0] for row in rows], [row[0][1] for row in rows]
+    result = {"nll": sum(nll) / sum(counts), "row_nll": nll, "row_tokens": counts}
+    if all(example["wrong"] for example in examples):
+        correct = [all(right < other for other, _ in wrong) for (right, _), *wrong in rows]
+        result |= {"accuracy": sum(correct) / len(correct), "row_correct": correct}
+    return result
+
+
+@torch.inference_mode()
+def likelihoods(model: Any, examples: Sequence[Example]) -> list[tuple[float, int]]:
+    """Of every completion the negative log-likelihood in nats and the number of tokens, the end of sequence included."""
     model.eval()
     device = next(model.parameters()).device
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["targets"]))
-    nll, correct = [0.0] * len(examples), [False] * len(examples)
     counts = [int((example["targets"] != IGNORED).sum()) for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["targets"]))
+    nll = [0.0] * len(examples)
     for start in range(0, len(order), BATCH_SIZE):
         rows = order[start : start + BATCH_SIZE]
         batch = {name: tensor.to(device) for name, tensor in collate([examples[i] for i in rows]).items()}
-        logits, targets = completion_logits(model, batch)
-        losses = cross_entropy(logits, targets, reduction="none").split([counts[i] for i in rows])
-        for i, row_losses, row_logits in zip(rows, losses, logits.split([counts[i] for i in rows]), strict=True):
+        losses = cross_entropy(*completion_logits(model, batch), reduction="none").split([counts[i] for i in rows])
+        for i, row_losses in zip(rows, losses, strict=True):
             nll[i] = row_losses.sum().item()
-            if examples[i]["choice"]:
-                place, tokens, answer = examples[i]["choice"]
-                correct[i] = row_logits[place, tokens].argmax().item() == answer
-    found = {"nll": sum(nll) / sum(counts), "row_nll": nll, "row_tokens": counts}
-    if all(example["choice"] for example in examples):
-        found |= {"accuracy": sum(correct) / len(correct), "row_correct": correct}
-    return found
+    return list(zip(nll, counts, strict=True))
 
 
 class Skipped(nn.Module):

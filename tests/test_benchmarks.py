@@ -13,7 +13,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import quality, report
 from benchmarks.runs import Run
-from benchmarks.tasks import IGNORED, Prefix, collate, completion_logits, encode, evaluate, load_examples
+from benchmarks.tasks import (
+    IGNORED,
+    Prefix,
+    collate,
+    completion_logits,
+    encode,
+    evaluate,
+    likelihoods,
+    load_examples,
+    written_out,
+)
 from lslora import Spline
 
 
@@ -38,7 +48,7 @@ def examples(lengths=(5, 9, 7), prompt=3):
         ids = torch.randint(0, 50, (length + 1,), generator=generator)
         targets = ids[1:].clone()
         targets[: prompt - 1] = IGNORED
-        found.append({"input_ids": ids[:-1], "targets": targets, "choice": None})
+        found.append({"input_ids": ids[:-1], "targets": targets, "wrong": []})
     return found
 
 
@@ -117,18 +127,43 @@ def test_only_the_completion_is_predicted_and_ends():
     words = {number: word for word, number in tokenizer.ids.items()}
     predicted = [words.get(t, "END") for t in row["targets"].tolist() if t != IGNORED]
     assert predicted == ["the", "correct", "answer", "is", "true", "END"]
-    place, tokens, answer = row["choice"]
-    assert (place, [words[t] for t in tokens], answer) == (4, ["true", "false"], 0)
+    (wrong,) = row["wrong"]
+    assert [words[t] for t in wrong["input_ids"].tolist()[-5:]] == ["the", "correct", "answer", "is", "false"]
 
 
-def test_accuracy_is_of_the_likeliest_option():
-    model, tokenizer = tiny_llama(), Words()
-    row = encode(QUESTION, tokenizer)
-    place, tokens, answer = row["choice"]
-    at = int((row["targets"] != IGNORED).nonzero()[0]) + place
-    right = model(row["input_ids"][None]).logits[0, at, tokens].argmax().item() == answer
-    turned = {**row, "choice": (place, tokens[::-1], answer)}
-    assert evaluate(model, [row, turned])["row_correct"] == [right, not right]
+def test_numbered_answers_are_written_out():
+    row = {
+        "instruction": "Please choose: Why: because?\n\nAnswer1: yes and no Answer2: no Answer3: a: b\n\n"
+        "Answer format: answer1/answer2/answer3",
+        "input": "",
+        "output": "the correct answer is answer2",
+        "answer": "answer2",
+    }
+    right, wrong = written_out(row)
+    assert right == row | {"instruction": "Why: because?", "output": "no"}
+    assert [other["output"] for other in wrong] == ["yes and no", "a: b"]
+    assert len(encode(row, Words(), cloze=True)["wrong"]) == 2
+    with pytest.raises(ValueError, match="one of its numbered answers, got 'Is water wet"):
+        written_out(QUESTION)
+    with pytest.raises(ValueError, match="one of its numbered answers"):
+        written_out(row | {"answer": "answer4"})
+
+
+def test_accuracy_is_of_the_likeliest_completion():
+    model = tiny_llama()
+    first, second, third = examples()
+    nll = [loss for loss, _ in likelihoods(model, [first, second, third])]
+    best, *others = sorted(range(3), key=nll.__getitem__)
+    rows = [first, second, third]
+    asked = [
+        rows[best] | {"wrong": [rows[i] for i in others]},
+        rows[others[0]] | {"wrong": [rows[others[1]], rows[best]]},
+        rows[others[0]] | {"wrong": [rows[others[1]]]},
+    ]
+    found = evaluate(model, asked)
+    assert found["row_correct"] == [True, False, True]
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert found["row_nll"] == [pytest.approx(nll[i]) for i in (best, others[0], others[0])]
 
 
 PLAN = """

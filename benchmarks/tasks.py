@@ -125,7 +125,7 @@ def evaluate(model: Any, examples: Sequence[Example]) -> dict[str, Any]:
 
 @torch.inference_mode()
 def likelihoods(model: Any, examples: Sequence[Example]) -> list[tuple[float, int]]:
-    """Of every completion the negative log-likelihood in nats and the number of tokens, the end of sequence included."""
+    """Negative log-likelihood in nats and number of tokens of every completion, with the end of sequence."""
     model.eval()
     device = next(model.parameters()).device
     counts = [int((example["targets"] != IGNORED).sum()) for example in examples]

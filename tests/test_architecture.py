@@ -12,10 +12,11 @@ ALLOWED = {
     "model": {"config", "layer"},
     "layer": {"config", "placement"},
     "placement": {"config", "spline"},
-    "spline": {"calibration", "config", "penalty", "ops.spline"},
+    "spline": {"calibration", "config", "penalty", "ops.spline", "ops.update"},
     "calibration": {"spline"},  # its splines, for type checkers only
     "penalty": {"spline"},  # its splines; imported when asked, since every spline registers there
     "ops.__init__": set(),
+    "ops.update": {"ops.cpu", "ops.reference", "ops.spline"},
     "ops.spline": {"ops.cpu", "ops.eager", "ops.reference", "ops.triton"},
     "ops.triton": {"ops.reference"},
     "ops.cpu": {"ops.reference"},

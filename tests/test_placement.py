@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from lslora import LSLoraConfig, Spline
-from lslora.ops.reference import spline
+from lslora.ops.reference import Grid, spline
 
 PLACEMENTS = ["output", "bottleneck", "weight"]
 
@@ -44,10 +44,8 @@ def phi(module):
         s.weight,
         s.input_scale,
         s.output_scale,
-        k_min=s.k_min,
-        k_max=s.k_max,
+        Grid(s.k_min, s.k_max, s.extrapolation),
         interpolation_method=s.interpolation_method,
-        extrapolation=s.extrapolation,
         soft_temperature=s.soft_temperature,
     )
 

@@ -39,7 +39,10 @@ class OutputVariant(SplineVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         a = adapter(module, active_adapter)
-        update = a.spline(a.B(a.A(x)) * a.scaling)
+        h, weight = a.A(x), _weight_alone(a.B)
+        if weight is not None and _is_plain(a.spline, Spline) and a.spline.takes_update(result, h, weight):
+            return a.spline.update(result, h, weight, a.scaling)
+        update = a.spline(a.B(h) * a.scaling)
         return (result + _as_base(module, update)).to(result.dtype)
 
 
@@ -117,6 +120,23 @@ def adapter(module: Any, name: str) -> Adapter:
         )
     dropout, a = module.lora_dropout[name], module.lora_A[name]
     return Adapter(lambda x: a(dropout(x)), module.lora_B[name], scaling, spline)
+
+
+def _weight_alone(b: Any) -> Tensor | None:
+    """The matrix that multiplying with is all that calling `b` does, or None."""
+    return b.weight if _is_plain(b, nn.Linear) and b.bias is None else None
+
+
+def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
+    """Whether calling the module does what its class does and nothing else.
+
+    Wrappers do more, and hooks (sharding engines gather parameters in them), and a forward put in the class's place.
+    """
+    if type(module) is not cls or "forward" in vars(module):
+        return False
+    return not any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    )
 
 
 def _as_base(module: Any, update: Tensor) -> Tensor:

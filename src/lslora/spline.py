@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from . import calibration, penalty
 from .config import LSLoraConfig
 from .ops.spline import spline
+from .ops.update import update, why_not
 
 
 class Spline(nn.Module):
@@ -120,12 +121,17 @@ class Spline(nn.Module):
         self.grid_scale.fill_(end / max(abs(self.k_min), abs(self.k_max)))
         self._calibrated = True
 
+    @property
+    def waits(self) -> bool:
+        """Whether the grid is still to be measured; until then the spline is the identity."""
+        return self.grid_scale is not None and not self.is_calibrated
+
     def forward(self, z: Tensor) -> Tensor:
         """Shape and dtype of `z`, any shape; see `lslora.ops.spline.spline`."""
         self._check_engine()
         if self.grid_scale is None:
             return self._spline(z)
-        if not self.is_calibrated:
+        if self.waits:
             if self.weight.detach().any():
                 raise ValueError(
                     "a spline with learned heights must have its grid_scale, got 0: only a part was copied"
@@ -137,26 +143,47 @@ class Spline(nn.Module):
             return z + nothing.to(z.dtype)
         return (self._spline(z / self.grid_scale) * self.grid_scale).to(z.dtype)
 
+    def takes_update(self, result: Tensor, h: Tensor, weight: Tensor) -> bool:
+        """Whether `update` can be called with these tensors now."""
+        return self.interpolation_method == "piecewise" and not self.waits and not why_not(result, h, weight)
+
+    def update(self, result: Tensor, h: Tensor, weight: Tensor, scaling: float) -> Tensor:
+        """`result + self(scaling · h weightᵀ)` in one operation; see `lslora.ops.update.update`."""
+        self._check_engine()
+        return update(
+            result,
+            h,
+            weight,
+            *self._trained(),
+            scaling=scaling,
+            stretch=1.0 if self.grid_scale is None else self.grid_scale.item(),
+            k_min=self.k_min,
+            k_max=self.k_max,
+            extrapolation=self.extrapolation,
+        )
+
     def _check_engine(self) -> None:
         """Raise ValueError if the penalty and the calibration would be lost: DeepSpeed leaves its marks on weights."""
         if self.micro_batches is not None or not (
             hasattr(self.weight, "ds_id") or hasattr(self.weight, "_hp_mapping")
         ):
             return
-        waits = self.grid_scale is not None and not self.is_calibrated
-        if self.training and self.weight.requires_grad and (waits or self.spline_reg_weight):
+        if self.training and self.weight.requires_grad and (self.waits or self.spline_reg_weight):
             raise ValueError(
                 "DeepSpeed's optimizers pass by the penalty and the calibration: before deepspeed.initialize, call "
                 "lslora.training.prepare_for_deepspeed, or train with lslora.training.SplineTrainerMixin"
             )
 
-    def _spline(self, z: Tensor) -> Tensor:
+    def _trained(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Offsets and both scales, as a forward pass uses them."""
         penalised = self.micro_batches is not None and self.spline_reg_weight
+        offsets = penalty.pulled_in_backward(self) if penalised else self.weight
+        return offsets, self.input_scale, self.output_scale
+
+    def _spline(self, z: Tensor) -> Tensor:
         return spline(
             z,
-            penalty.pulled_in_backward(self) if penalised else self.weight,
-            self.input_scale,
-            self.output_scale,
+            *self._trained(),
             k_min=self.k_min,
             k_max=self.k_max,
             interpolation_method=self.interpolation_method,

@@ -9,23 +9,28 @@ import ctypes
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import reference
 
 SOURCE = Path(__file__).with_name("cpu.c")
+# The first that the compiler takes. OpenMP is the one torch has loaded, so `torch.set_num_threads` holds here too.
+FLAGS = (("-O3", "-march=native", "-fopenmp"), ("-O3",))
+BLOCK = 1024  # of cpu.c
+CHUNK = 1 << 18  # elements of z at a time, few enough to stay in the cache
 
 
 class _Shape(ctypes.Structure):
     """`Shape` of cpu.c."""
 
     _fields_ = (
-        *((name, ctypes.c_float) for name in ("k_min", "k_max", "per_spacing", "scale_in", "scale_out")),
+        *((name, ctypes.c_float) for name in ("factor", "k_min", "k_max", "per_spacing", "scale_in", "scale_out")),
         ("last", ctypes.c_int),
         ("clamps", ctypes.c_int),
     )
@@ -36,20 +41,24 @@ def library() -> ctypes.CDLL | str:
     """The compiled functions, or in words why there are none on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "cpu.so"
-        command = [os.environ.get("CC", "cc"), "-O3", "-fno-math-errno", "-shared", "-fPIC", str(SOURCE)]
-        try:
-            subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, text=True)
-            return ctypes.CDLL(str(target))
-        except subprocess.CalledProcessError as error:
-            return f"{' '.join(command)} failed: {error.stderr.strip()}"
-        except OSError as error:
-            return f"{command[0]} cannot be run: {error}"
+        for flags in FLAGS:
+            command = [os.environ.get("CC", "cc"), *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(target)]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                return ctypes.CDLL(str(target))
+            except subprocess.CalledProcessError as error:
+                reason = f"{' '.join(command)} failed: {error.stderr.strip()}"
+            except OSError as error:
+                reason = f"{command[0]} cannot be run: {error}"
+        return reason
 
 
 def why_not(tensor: Tensor, dtype: torch.dtype) -> str | None:
     """Why this backend cannot take a tensor that is computed in `dtype`, or None if it can."""
     if not tensor.is_cpu:
         return f"the tensor is on {tensor.device}"
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"the tensor is a {type(tensor).__name__}"
     if dtype != torch.float32:
         return f"compiled for float32, not {dtype}"
     if torch.compiler.is_compiling():
@@ -58,22 +67,11 @@ def why_not(tensor: Tensor, dtype: torch.dtype) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def forward(
-    z: Tensor,
-    offsets: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor,
-    k_min: float,
-    k_max: float,
-    extrapolation: str,
-) -> Tensor:
+def forward(z: Tensor, offsets: Tensor, input_scale: Tensor, output_scale: Tensor, grid: reference.Grid) -> Tensor:
     """As `lslora.ops.spline.spline`; computed in float32, returned in the dtype of `z`."""
     numbers = z.float().contiguous()
     out = torch.empty_like(numbers)
-    shape = _shape(offsets, input_scale, output_scale, k_min, k_max, extrapolation)
-    # Kept until the call is over: only their addresses are handed on.
-    offsets, rises = offsets.contiguous(), offsets.diff()
-    _call("spline_forward", numbers, out, numbers.numel(), shape, offsets, rises)
+    _Passes(offsets, input_scale, output_scale, grid).forward(numbers, None, out)
     return out.to(z.dtype)
 
 
@@ -83,37 +81,117 @@ def backward(
     offsets: Tensor,
     input_scale: Tensor,
     output_scale: Tensor,
-    k_min: float,
-    k_max: float,
-    extrapolation: str,
+    grid: reference.Grid,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `z` (its dtype), `offsets`, `input_scale` and `output_scale` (float32)."""
     g, numbers = grad_output.float().contiguous(), z.float().contiguous()
     grad_z = torch.empty_like(numbers)
-    shape = _shape(offsets, input_scale, output_scale, k_min, k_max, extrapolation)
-    rises, count = offsets.diff(), len(offsets) - 1
-    sums = torch.zeros(2 * count + 2, dtype=torch.float64)
-    _call("spline_backward", g, numbers, grad_z, numbers.numel(), shape, rises, sums)
-    s0, s1, value, slope_c = sums.split([count, count, 1, 1])
-    return grad_z.to(z.dtype), *reference.from_sums(s0, s1, value, slope_c, offsets, output_scale)
+    passes = _Passes(offsets, input_scale, output_scale, grid)
+    passes.backward(g, numbers, grad_z)
+    return grad_z.to(z.dtype), *passes.gradients()
 
 
-def _shape(
-    offsets: Tensor, input_scale: Tensor, output_scale: Tensor, k_min: float, k_max: float, extrapolation: str
-) -> _Shape:
-    per_spacing = 1 / reference.spacing(len(offsets), k_min, k_max)
-    scales = (input_scale.item(), output_scale.item())
-    return _Shape(k_min, k_max, per_spacing, *scales, len(offsets) - 2, extrapolation == "clamp")
+def update_forward(
+    result: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    input_scale: Tensor,
+    output_scale: Tensor,
+    grid: reference.Grid,
+    scaling: float,
+    stretch: float,
+) -> Tensor:
+    """As `lslora.ops.update.update`, with `result` (N, out) and `h` (N, r) float32."""
+    base, out = result.contiguous(), torch.empty_like(result, memory_format=torch.contiguous_format)
+    passes = _Passes(offsets, input_scale, output_scale, grid, scaling, stretch)
+    for rows, z in _chunks(h, weight):
+        passes.forward(z, base[rows], out[rows])
+    return out
 
 
-def _call(name: str, *arguments: Tensor | int | _Shape) -> None:
-    """Call a function of the library with tensors as pointers, numbers as `long`, and the shape by reference."""
-    passed: list[Any] = []
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            passed.append(ctypes.c_void_p(argument.data_ptr()))
-        elif isinstance(argument, int):
-            passed.append(ctypes.c_long(argument))
-        else:
-            passed.append(ctypes.byref(argument))
-    getattr(library(), name)(*passed)
+def update_backward(
+    grad_output: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    input_scale: Tensor,
+    output_scale: Tensor,
+    grid: reference.Grid,
+    scaling: float,
+    stretch: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `h`, `weight`, `offsets`, `input_scale` and `output_scale`, all float32."""
+    g = grad_output.contiguous()
+    grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
+    passes = _Passes(offsets, input_scale, output_scale, grid, scaling, stretch)
+    for rows, z in _chunks(h, weight):
+        passes.backward(g[rows], z, z)
+        torch.mm(z, weight, out=grad_h[rows])
+        grad_weight.addmm_(z.T, h[rows])
+    return grad_h, grad_weight, *passes.gradients()
+
+
+def _chunks(h: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows and their `h weightᵀ`, which the next one overwrites."""
+    count = max(1, CHUNK // max(1, len(weight)))
+    buffer = h.new_empty(min(count, len(h)), len(weight))
+    for start in range(0, len(h), count):
+        rows = slice(start, min(start + count, len(h)))
+        yield rows, torch.mm(h[rows], weight.T, out=buffer[: rows.stop - start])
+
+
+class _Passes:
+    """The two functions of cpu.c for `stretch · spline(factor · x / stretch)`, on contiguous float32 tensors."""
+
+    def __init__(
+        self,
+        offsets: Tensor,
+        input_scale: Tensor,
+        output_scale: Tensor,
+        grid: reference.Grid,
+        factor: float = 1.0,
+        stretch: float = 1.0,
+    ) -> None:
+        self.offsets, self.rises, self.stretch = offsets.contiguous(), offsets.diff(), stretch
+        self.output_scale = output_scale
+        self.shape = _Shape(
+            factor / stretch,
+            grid.k_min,
+            grid.k_max,
+            1 / reference.spacing(len(offsets), grid),
+            input_scale.item(),
+            output_scale.item() * stretch,
+            len(offsets) - 2,
+            grid.extrapolation == "clamp",
+        )
+        self.totals = torch.zeros(2 * len(offsets), dtype=torch.float64)
+
+    def forward(self, x: Tensor, base: Tensor | None, out: Tensor) -> None:
+        """Write `base + stretch · spline(factor · x / stretch)` to `out`."""
+        _call("spline_forward", x, base, out, x.numel(), self.shape, self.offsets, self.rises)
+
+    def backward(self, g: Tensor, x: Tensor, grad: Tensor) -> None:
+        """Write the gradient of `x` to `grad`, which may be `x` itself, and remember the sums."""
+        totals = torch.empty(-(-x.numel() // BLOCK), len(self.totals), dtype=torch.float64)
+        _call("spline_backward", g, x, grad, x.numel(), self.shape, self.rises, totals)
+        self.totals += totals.sum(0)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `offsets`, `input_scale` and `output_scale` (float32), from everything that went backward."""
+        count = len(self.offsets) - 1
+        s0, s1, value, slope_c = (self.totals * self.stretch).split([count, count, 1, 1])
+        return reference.from_sums(s0, s1, value, slope_c, self.offsets, self.output_scale)
+
+
+def _call(name: str, *arguments: Tensor | int | _Shape | None) -> None:
+    """Call a function of the library: tensors as pointers (None: NULL), numbers as `long`, the shape by reference."""
+    getattr(library(), name)(*map(_passed, arguments))
+
+
+def _passed(argument: Tensor | int | _Shape | None) -> Any:
+    if argument is None:
+        return None
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_long(argument) if isinstance(argument, int) else ctypes.byref(argument)

@@ -10,8 +10,18 @@ so zero offsets give the identity exactly, whatever the precision.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """Where the first and the last knot lie, and what holds beyond them: `"clamp"` or `"linear"`."""
+
+    k_min: float
+    k_max: float
+    extrapolation: str = "clamp"
 
 
 def spline(
@@ -19,11 +29,9 @@ def spline(
     offsets: Tensor,
     input_scale: Tensor,
     output_scale: Tensor,
+    grid: Grid,
     *,
-    k_min: float,
-    k_max: float,
     interpolation_method: str,
-    extrapolation: str,
     soft_temperature: float,
 ) -> Tensor:
     """`output_scale · φ(input_scale · clamp(z, k_min, k_max))`, without the clamp if `extrapolation="linear"`.
@@ -31,26 +39,26 @@ def spline(
     See `lslora.ops.spline.spline`, the public form, for arguments and shapes; here nothing is checked and everything
     is computed and returned in the dtype of `z`.
     """
-    c = clamp(z, k_min, k_max, extrapolation)
+    c = clamp(z, grid)
     t = input_scale * c
     if interpolation_method == "soft":
-        return output_scale * soft_value(t, offsets, k_min, k_max, soft_temperature)
-    return output_scale * piecewise_value(t, offsets, k_min, k_max, extrapolation)
+        return output_scale * soft_value(t, offsets, grid, soft_temperature)
+    return output_scale * piecewise_value(t, offsets, grid)
 
 
-def clamp(t: Tensor, k_min: float, k_max: float, extrapolation: str) -> Tensor:
+def clamp(t: Tensor, grid: Grid) -> Tensor:
     """`t` cut to [k_min, k_max] for `"clamp"`, `t` itself for `"linear"`."""
-    return t.clamp(k_min, k_max) if extrapolation == "clamp" else t
+    return t.clamp(grid.k_min, grid.k_max) if grid.extrapolation == "clamp" else t
 
 
-def spacing(num_knots: int, k_min: float, k_max: float) -> float:
+def spacing(num_knots: int, grid: Grid) -> float:
     """Δk, the distance between neighbouring knots."""
-    return (k_max - k_min) / (num_knots - 1)
+    return (grid.k_max - grid.k_min) / (num_knots - 1)
 
 
-def position(t: Tensor, num_knots: int, k_min: float, k_max: float, extrapolation: str) -> Tensor:
+def position(t: Tensor, num_knots: int, grid: Grid) -> Tensor:
     """`p = (t − k_min) / Δk`: knot i lies at p = i; beyond the end knots p stops for `"clamp"` and goes on else."""
-    return (clamp(t, k_min, k_max, extrapolation) - k_min) / spacing(num_knots, k_min, k_max)
+    return (clamp(t, grid) - grid.k_min) / spacing(num_knots, grid)
 
 
 def interval(p: Tensor, num_knots: int) -> Tensor:
@@ -59,26 +67,26 @@ def interval(p: Tensor, num_knots: int) -> Tensor:
     return p.detach().clamp(0, num_knots - 2).long().clamp_(0, num_knots - 2)
 
 
-def piecewise_value(t: Tensor, offsets: Tensor, k_min: float, k_max: float, extrapolation: str) -> Tensor:
+def piecewise_value(t: Tensor, offsets: Tensor, grid: Grid) -> Tensor:
     """φ(t) by straight lines between the knots: `δ(p) = (1 − f) · offset_j + f · offset_{j+1}`, f = p − j."""
-    p = position(t, len(offsets), k_min, k_max, extrapolation)
+    p = position(t, len(offsets), grid)
     j = interval(p, len(offsets))
     left, right = offsets.take(j), offsets.take(j + 1)
-    return clamp(t, k_min, k_max, extrapolation) + torch.lerp(left, right, p - j)
+    return clamp(t, grid) + torch.lerp(left, right, p - j)
 
 
-def piecewise_slope(t: Tensor, offsets: Tensor, k_min: float, k_max: float, extrapolation: str) -> Tensor:
+def piecewise_slope(t: Tensor, offsets: Tensor, grid: Grid) -> Tensor:
     """φ'(t) = `1 + (offset_{j+1} − offset_j) / Δk`; 0 beyond the end knots for `"clamp"`."""
-    j = interval(position(t, len(offsets), k_min, k_max, extrapolation), len(offsets))
-    slope = (1 + offsets.diff() / spacing(len(offsets), k_min, k_max)).take(j)
-    return slope * inside(t, k_min, k_max, extrapolation)
+    j = interval(position(t, len(offsets), grid), len(offsets))
+    slope = (1 + offsets.diff() / spacing(len(offsets), grid)).take(j)
+    return slope * inside(t, grid)
 
 
-def inside(t: Tensor, k_min: float, k_max: float, extrapolation: str) -> Tensor:
+def inside(t: Tensor, grid: Grid) -> Tensor:
     """The derivative of `clamp`, as a mask that broadcasts: True where `t` passes unchanged."""
-    if extrapolation == "linear":
+    if grid.extrapolation == "linear":
         return torch.ones((), dtype=torch.bool, device=t.device)
-    return (t >= k_min) & (t <= k_max)
+    return (t >= grid.k_min) & (t <= grid.k_max)
 
 
 def knot_weight(p: Tensor, knot: int, num_knots: int) -> Tensor:
@@ -118,10 +126,10 @@ def from_sums(
     return (output_scale * grad_offsets).to(dtype), (output_scale * slope_c).to(dtype), grad_output_scale.to(dtype)
 
 
-def soft_value(t: Tensor, offsets: Tensor, k_min: float, k_max: float, soft_temperature: float) -> Tensor:
+def soft_value(t: Tensor, offsets: Tensor, grid: Grid, soft_temperature: float) -> Tensor:
     """φ(t) = `t + Σ_i w_i(t) · offset_i` with `w_i = softmax_i(−(t − k_i)² / (2 τ²))`, `τ = soft_temperature · Δk`."""
     num_knots = len(offsets)
-    p = position(t, num_knots, k_min, k_max, "linear").unsqueeze(-1)
+    p = position(t, num_knots, grid._replace(extrapolation="linear")).unsqueeze(-1)
     knots = torch.arange(num_knots, dtype=t.dtype, device=t.device)
     weights = torch.softmax(-((p - knots) ** 2) / (2 * soft_temperature**2), dim=-1)
     return t + weights @ offsets

@@ -56,33 +56,42 @@ def spline(
         TypeError: an argument is no floating-point tensor.
         ValueError: shapes, range or names are not as above.
     """
-    for name, tensor in (("z", z), ("offsets", offsets), ("input_scale", input_scale), ("output_scale", output_scale)):
+    if not z.is_floating_point():
+        raise TypeError(f"z must be a floating-point tensor, got {z.dtype}")
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    parameters = checked_parameters(offsets, input_scale, output_scale, dtype)
+    grid = checked_grid(k_min, k_max, extrapolation)
+    if interpolation_method not in INTERPOLATION_METHODS:
+        raise ValueError(f"interpolation_method must be one of {INTERPOLATION_METHODS}, got {interpolation_method!r}")
+    if interpolation_method == "piecewise":
+        return _Piecewise.apply(z, *parameters, grid)
+    return reference.spline(
+        z.to(dtype), *parameters, grid, interpolation_method=interpolation_method, soft_temperature=soft_temperature
+    ).to(z.dtype)
+
+
+def checked_parameters(
+    offsets: Tensor, input_scale: Tensor, output_scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in `dtype`; TypeError and ValueError as `spline` has them."""
+    parameters = {"offsets": offsets, "input_scale": input_scale, "output_scale": output_scale}
+    for name, tensor in parameters.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
     if offsets.ndim != 1 or len(offsets) < 2:
         raise ValueError(f"offsets must have shape (K,) with K >= 2, got {tuple(offsets.shape)}")
     if input_scale.shape != (1,) or output_scale.shape != (1,):
         raise ValueError(f"scales must have shape (1,), got {tuple(input_scale.shape)}, {tuple(output_scale.shape)}")
+    return offsets.to(dtype), input_scale.to(dtype), output_scale.to(dtype)
+
+
+def checked_grid(k_min: float, k_max: float, extrapolation: str) -> reference.Grid:
+    """The grid; ValueError as `spline` has it."""
     if not k_min < k_max:
         raise ValueError(f"k_min must be smaller than k_max, got {k_min} and {k_max}")
-    if interpolation_method not in INTERPOLATION_METHODS:
-        raise ValueError(f"interpolation_method must be one of {INTERPOLATION_METHODS}, got {interpolation_method!r}")
     if extrapolation not in EXTRAPOLATIONS:
         raise ValueError(f"extrapolation must be one of {EXTRAPOLATIONS}, got {extrapolation!r}")
-
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    parameters = (offsets.to(dtype), input_scale.to(dtype), output_scale.to(dtype))
-    if interpolation_method == "piecewise":
-        return _Piecewise.apply(z, *parameters, k_min, k_max, extrapolation)
-    return reference.spline(
-        z.to(dtype),
-        *parameters,
-        k_min=k_min,
-        k_max=k_max,
-        interpolation_method=interpolation_method,
-        extrapolation=extrapolation,
-        soft_temperature=soft_temperature,
-    ).to(z.dtype)
+    return reference.Grid(k_min, k_max, extrapolation)
 
 
 class _Piecewise(torch.autograd.Function):
@@ -90,18 +99,17 @@ class _Piecewise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, offsets: Tensor, input_scale: Tensor, output_scale: Tensor, *shape: Any
+        ctx: Any, z: Tensor, offsets: Tensor, input_scale: Tensor, output_scale: Tensor, grid: reference.Grid
     ) -> Tensor:
         ctx.save_for_backward(z, offsets, input_scale, output_scale)
-        ctx.shape = shape
-        return _backend(z, offsets.dtype).forward(z, offsets, input_scale, output_scale, *shape)
+        ctx.grid = grid
+        return _backend(z, offsets.dtype).forward(z, offsets, input_scale, output_scale, grid)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
-        gradients = _backend(grad_output, saved[1].dtype).backward(grad_output, *saved, *ctx.shape)
-        return *gradients, None, None, None
+        return *_backend(grad_output, saved[1].dtype).backward(grad_output, *saved, ctx.grid), None
 
 
 def _backend(tensor: Tensor, dtype: torch.dtype) -> ModuleType:

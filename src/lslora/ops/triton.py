@@ -102,15 +102,13 @@ def forward(
     offsets: Tensor,
     input_scale: Tensor,
     output_scale: Tensor,
-    k_min: float,
-    k_max: float,
-    extrapolation: str,
+    grid: reference.Grid,
 ) -> Tensor:
     """As `lslora.ops.spline.spline`; computed in float32, returned in the dtype of `z`."""
     z = z.contiguous()
     out = z.new_empty(z.shape)
     if z.numel():
-        numbers, settings = _arguments(offsets, k_min, k_max, extrapolation)
+        numbers, settings = _arguments(offsets, grid)
         with torch.cuda.device_of(z):
             _forward[(triton.cdiv(z.numel(), TILE),)](
                 z, out, offsets.contiguous(), input_scale, output_scale, z.numel(), *numbers, **settings, size=TILE
@@ -124,9 +122,7 @@ def backward(
     offsets: Tensor,
     input_scale: Tensor,
     output_scale: Tensor,
-    k_min: float,
-    k_max: float,
-    extrapolation: str,
+    grid: reference.Grid,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `z` (its dtype), `offsets`, `input_scale` and `output_scale` (float32)."""
     g, z = grad_output.contiguous(), z.contiguous()
@@ -136,7 +132,7 @@ def backward(
     tiles = triton.cdiv(z.numel(), size)
     programs = max(1, min(tiles, MAX_PROGRAMS))
     sums = z.new_empty(programs, 4, width, dtype=torch.float32)
-    numbers, settings = _arguments(offsets, k_min, k_max, extrapolation)
+    numbers, settings = _arguments(offsets, grid)
     with torch.cuda.device_of(z):
         _backward[(programs,)](
             g, z, grad_z, sums, offsets.contiguous(), input_scale, output_scale, z.numel(), tiles,
@@ -147,9 +143,8 @@ def backward(
     return grad_z, *reference.from_sums(s0[:count], s1[:count], value[:1], slope[:1], offsets, output_scale)
 
 
-def _arguments(
-    offsets: Tensor, k_min: float, k_max: float, extrapolation: str
-) -> tuple[tuple[float, float, float], dict[str, int]]:
+def _arguments(offsets: Tensor, grid: reference.Grid) -> tuple[tuple[float, float, float], dict[str, int]]:
     """What both kernels want to know of the grid: numbers, and what they are compiled for."""
-    per_spacing = 1 / reference.spacing(len(offsets), k_min, k_max)
-    return (k_min, k_max, per_spacing), {"last": len(offsets) - 2, "clamps": extrapolation == "clamp"}
+    per_spacing = 1 / reference.spacing(len(offsets), grid)
+    settings = {"last": len(offsets) - 2, "clamps": grid.extrapolation == "clamp"}
+    return (grid.k_min, grid.k_max, per_spacing), settings

@@ -1,0 +1,264 @@
+"""The update in one operation: against its formula in float64, against calling the modules, and what it saves."""
+
+import importlib
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lslora import LSLoraConfig, Spline
+from lslora.ops import cpu, reference
+from lslora.ops.update import update
+
+NAMES = ("result", "h", "weight", "offsets", "input_scale", "output_scale")
+SCALING, STRETCH = 2.5, 0.7
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that is not written reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def operands(rows=(7,), out=5, r=3, num_knots=5, seed=0):
+    """In float64 and representable in float32, z beyond both ends of [−3, 3] and no element of it near a knot."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, offsets = (torch.randn(shape, generator=generator).double() for shape in ((out, r), (num_knots,)))
+    input_scale, output_scale = torch.tensor([0.875]).double(), torch.tensor([1.25]).double()
+    knots = torch.linspace(-3, 3, num_knots).double()
+    h = torch.randn(4 * math.prod(rows) + 20, r, generator=generator).double()
+    z = SCALING / STRETCH * h @ weight.T
+    away = torch.minimum((z.abs() - 3).abs(), (input_scale * z[..., None] - knots).abs().amin(-1)).amin(-1)
+    h = h[away > 1e-5][: math.prod(rows)].view(*rows, r)
+    return [torch.randn(*rows, out, generator=generator).double(), h, weight, offsets * 0.3, input_scale, output_scale]
+
+
+def formula(result, h, weight, offsets, input_scale, output_scale, extrapolation):
+    z = SCALING / STRETCH * (h @ weight.T)
+    grid = reference.Grid(-3.0, 3.0, extrapolation)
+    values = reference.spline(
+        z, offsets, input_scale, output_scale, grid, interpolation_method="piecewise", soft_temperature=0.5
+    )
+    return result + STRETCH * values
+
+
+def fused(*operands, extrapolation):
+    grid = {"k_min": -3.0, "k_max": 3.0, "extrapolation": extrapolation}
+    return update(*operands, scaling=SCALING, stretch=STRETCH, **grid)
+
+
+def results(function, operands, dtype, extrapolation="clamp"):
+    """The output and the gradient of every operand, by name, as float64."""
+    leaves = [operand.to(dtype).requires_grad_() for operand in operands]
+    y = function(*leaves, extrapolation=extrapolation)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+    gradients = torch.autograd.grad(y, leaves, grad.to(dtype))
+    return {"y": y.detach().double()} | {n: g.double() for n, g in zip(NAMES, gradients, strict=True)}
+
+
+@pytest.mark.parametrize("extrapolation", ["clamp", "linear"])
+@pytest.mark.parametrize(
+    ("rows", "out", "r", "num_knots"),
+    [((7,), 5, 3, 5), ((1,), 1, 1, 2), ((2, 3), 17, 16, 9), ((0,), 4, 2, 3), ((3, 0), 4, 2, 3), ((301,), 33, 8, 33)],
+)
+def test_output_and_every_gradient_equal_the_formula_in_float64(
+    rows, out, r, num_knots, extrapolation, poisoned, monkeypatch
+):
+    monkeypatch.setattr(cpu, "CHUNK", 64)  # many chunks, the last one not full
+    given = operands(rows, out, r, num_knots)
+    actual = results(fused, given, torch.float32, extrapolation)
+    for name, expected in results(formula, given, torch.float64, extrapolation).items():
+        torch.testing.assert_close(
+            actual[name], expected, rtol=2e-5, atol=2e-5 * max(1.0, len(actual["y"].flatten()) ** 0.5), msg=name
+        )
+
+
+def test_its_error_is_at_most_twice_that_of_plain_float32():
+    """By name, over several draws: the gradient of a scale is a single number, and may be exact by luck."""
+    errors = {"plain": defaultdict(float), "ours": defaultdict(float)}
+    for seed in range(10):
+        given = operands((400,), 96, 16, 9, seed)
+        exact = results(formula, given, torch.float64)
+        for kind, function in (("plain", formula), ("ours", fused)):
+            for name, value in results(function, given, torch.float32).items():
+                errors[kind][name] += ((value - exact[name]).norm() / exact[name].norm()).item() ** 2
+    for name, error in errors["ours"].items():
+        assert error**0.5 <= 2 * errors["plain"][name] ** 0.5, f"{name}: {error:.2e}, {errors['plain'][name]:.2e}"
+
+
+def test_two_runs_give_the_same_bits():
+    given = operands((512,), 64, 4)
+    first, second = (results(fused, given, torch.float32) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
+
+
+def test_operands_stay_as_they_are_and_need_not_be_contiguous():
+    given = [operand.float() for operand in operands((4, 6), 5)]
+    strided = [torch.stack([operand, operand], dim=-1)[..., 0] for operand in given]
+    assert not strided[0].is_contiguous() and not strided[1].is_contiguous() and not strided[3].is_contiguous()
+    before = [operand.clone() for operand in strided]
+    expected, actual = (results(fused, operands, torch.float32) for operands in (given, strided))
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=name)
+    assert all(map(torch.equal, strided, before))
+
+
+def test_nan_stays_nan_in_its_row_and_disturbs_no_other():
+    given = operands((3,), 5)
+    given[1][1] = float("nan")
+    y = results(fused, given, torch.float32)["y"]
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_what_it_cannot_take_is_refused():
+    given = [operand.float() for operand in operands((4,), 5)]
+    with pytest.raises(ValueError, match=r"shapes \(…, out\), \(…, r\) and \(out, r\), got \(4, 5\), \(3, 3\)"):
+        fused(given[0], given[1][:3], *given[2:], extrapolation="clamp")
+    with pytest.raises(ValueError, match="one operation: compiled for float32, not torch.bfloat16"):
+        fused(given[0].bfloat16(), *given[1:], extrapolation="clamp")
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="one operation: autocast is on"):
+        fused(*given, extrapolation="clamp")
+    with pytest.raises(ValueError, match="extrapolation must be one of"):
+        fused(*given, extrapolation="constant")
+
+
+def adapted(config_class=LSLoraConfig, seed=0, **settings):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8))
+    model = get_peft_model(net, config_class(r=4, lora_alpha=8, target_modules=["0", "2"], **settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "lora_spline" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def splines(model):
+    return [module for module in model.modules() if isinstance(module, Spline)]
+
+
+def by_modules(model):
+    """Make the layers call B and the spline: a hook, even one that does nothing, may have its reasons."""
+    for spline in splines(model):
+        spline.register_forward_pre_hook(lambda module, args: None)
+    return model
+
+
+def trained(model, x, run=lambda model, x: model(x)):
+    torch.manual_seed(5)
+    y = run(model, x)
+    y.square().sum().backward()
+    return {"y": y.detach()} | {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The number of updates done in one operation."""
+    calls = []
+    module = importlib.import_module("lslora.spline")
+    real = module.update
+    monkeypatch.setattr(module, "update", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"extrapolation": "linear", "num_knots": 9}, {"lora_dropout": 0.5}, {"learn_scales": False},
+     {"calibration_steps": 2}, {"use_rslora": True}],
+)  # fmt: skip
+def test_layers_compute_what_their_modules_do(settings, counted):
+    found = []
+    for prepare in (lambda model: model, by_modules):
+        model = prepare(adapted(**settings))
+        for spline in splines(model):
+            if spline.grid_scale is not None:
+                spline.calibrate(0.8)
+        found.append(trained(model, torch.linspace(-1, 1, 30).view(5, 6)))
+    assert len(counted) == 2  # two layers of the first model
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, msg=name)
+
+
+def test_a_spline_that_waits_for_its_grid_is_observed(counted):
+    model = adapted(calibration_steps=2)
+    with torch.no_grad():
+        for spline in splines(model):
+            spline.weight.zero_()
+    model(torch.randn(3, 6))
+    assert not counted
+
+
+@pytest.mark.parametrize("settings", [{"lora_bias": True}, {"interpolation_method": "soft"}])
+def test_layers_that_do_more_call_their_modules(settings, counted):
+    trained(adapted(**settings), torch.randn(3, 6))
+    assert not counted
+
+
+def test_a_forced_backend_other_than_cpu_is_kept_to(counted, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("lslora.ops.spline"), "FORCED", "eager")
+    trained(adapted(), torch.randn(3, 6))
+    assert not counted
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant, counted):
+    x = torch.randn(5, 6, requires_grad=True)
+    expected = trained(adapted(), x)
+    actual = trained(adapted(), x, lambda model, x: checkpoint(model, x, use_reentrant=use_reentrant))
+    assert len(counted) == 6  # two layers, the second time twice
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+def test_a_layer_used_twice_in_one_forward_pass(counted):
+    torch.manual_seed(0)
+    base = nn.Linear(6, 6)
+    x = torch.randn(4, 6)
+    found = []
+    for prepare in (lambda model: model, by_modules):
+        model = prepare(get_peft_model(nn.Sequential(base, base), LSLoraConfig(r=2, target_modules=["0"])))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in sorted(model.named_parameters()):
+                if "lora_" in name:
+                    parameter.copy_(torch.randn_like(parameter))
+        found.append(trained(model, x))
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, msg=name)
+
+
+def saved_bytes(model, x):
+    """What autograd keeps of a forward pass, parameters and the input aside, each piece of memory counted once."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), x)}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    del y
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"calibration_steps": 3}, {"learn_scales": False, "num_knots": 9}])
+def test_a_layer_saves_no_more_than_plain_lora(settings):
+    x = torch.randn(64, 6, requires_grad=True)
+    ours = adapted(**settings)
+    for spline in splines(ours):
+        if spline.grid_scale is not None:
+            spline.calibrate(1.0)
+    plain, few = saved_bytes(adapted(LoraConfig), x), 2 * 4 * (9 + 2)  # two layers' knots and scales
+    assert plain >= 2 * 64 * 4 * 4  # h of both layers
+    assert saved_bytes(ours, x) <= plain + few
+    assert saved_bytes(by_modules(adapted()), x) > plain + 64 * 8 * 4  # the check can fail

@@ -2,11 +2,16 @@
  *
  * Eight elements at a time, in blocks that threads share. Every block has sums of its own, added up in order by the
  * caller, so the result does not depend on the number of threads; blocks are short, for these sums are in float32.
- * Sums are one pair an interval: S0[j] = sum of g and S1[j] = sum of g * f with f the fraction of the interval. All
- * gradients of the spline follow from them, and a knot without elements beside it gets an exact zero.
+ *
+ * All gradients of the spline follow from the sum of g and one sum an interval, C[j] = sum of g * ramp_j(p), where
+ * ramp_j rises from 0 to 1 over interval j: the hat of knot i is ramp_(i-1) - ramp_i. A knot without elements beside
+ * it gets an exact zero, for the same numbers are added up in the same order on both sides of it.
  */
 
 #include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 enum { LANES = 8, BLOCK = 1024 };
 
@@ -36,19 +41,36 @@ INLINE Floats pick(Ints mask, Floats x, Floats otherwise) {
     return (Floats)(((Ints)x & mask) | ((Ints)otherwise & ~mask));
 }
 
-INLINE Floats load(const float *from, long count) {
+INLINE Floats load(const float *from) { return *(const Floats *)from; }
+
+INLINE void store(float *to, Floats x) { *(Floats *)to = x; }
+
+INLINE Floats load_some(const float *from, long count) {
     Floats x = all(0);
     memcpy(&x, from, count * sizeof *from);
     return x;
 }
 
-INLINE void store(float *to, Floats x, long count) { memcpy(to, &x, count * sizeof *to); }
+INLINE void store_some(float *to, Floats x, long count) { memcpy(to, &x, count * sizeof *to); }
 
-/* Written so that a NaN falls through both comparisons unchanged. */
-INLINE Floats clamp(Floats x, float low, float high) {
-    x = pick(x < low, all(low), x);
-    return pick(x > high, all(high), x);
+/* Both of them give x where it is NaN. */
+INLINE Floats at_least(Floats low, Floats x) {
+#ifdef __AVX2__
+    return _mm256_max_ps(low, x);
+#else
+    return pick(x < low, low, x);
+#endif
 }
+
+INLINE Floats at_most(Floats high, Floats x) {
+#ifdef __AVX2__
+    return _mm256_min_ps(high, x);
+#else
+    return pick(x > high, high, x);
+#endif
+}
+
+INLINE Floats clamp(Floats x, float low, float high) { return at_most(all(high), at_least(all(low), x)); }
 
 INLINE Place place(Floats input, const Shape *s) {
     Place a;
@@ -63,55 +85,71 @@ INLINE Place place(Floats input, const Shape *s) {
     return a;
 }
 
-INLINE Floats lookup(const float *table, Floats j) {
+/* A number for every interval, and the first eight of them once more. */
+typedef struct {
+    const float *numbers;
+    Floats first;
+    int fits;
+} Table;
+
+INLINE Table make_table(const float *numbers, int count) {
+    int fits = count <= LANES;
+    return (Table){numbers, load_some(numbers, fits ? count : LANES), fits};
+}
+
+INLINE Floats lookup(const Table *table, Floats j) {
     Ints at = __builtin_convertvector(j, Ints);
+#ifdef __AVX2__
+    if (table->fits) return _mm256_permutevar8x32_ps(table->first, (__m256i)at);
+#endif
     Floats found;
-    for (int lane = 0; lane < LANES; lane++) found[lane] = table[at[lane]];
+    for (int lane = 0; lane < LANES; lane++) found[lane] = table->numbers[at[lane]];
     return found;
 }
 
-INLINE Floats value(Floats input, const Shape *s, const float *offset, const float *rise) {
+INLINE Floats value(Floats input, const Shape *s, const Table *offset, const Table *rise) {
     Place a = place(input, s);
     return s->scale_out * (a.u + (lookup(offset, a.j) + (a.p - a.j) * lookup(rise, a.j)));
 }
 
 /* out = base + scale_out * phi; base may be NULL for 0. */
-void spline_forward(const float *input, const float *base, float *out, long n, const Shape *shape, const float *offset,
-                    const float *rise) {
+void spline_forward(const float *input, const float *base, float *out, long n, const Shape *shape, const float *offsets,
+                    const float *rises) {
 #pragma omp parallel for schedule(static) if (n > BLOCK)
     for (long start = 0; start < n; start += BLOCK) {
         const Shape s = *shape;
+        const Table offset = make_table(offsets, s.last + 1), rise = make_table(rises, s.last + 1);
         long stop = n - start < BLOCK ? n : start + BLOCK, i = start;
         for (; i + LANES <= stop; i += LANES) {
-            Floats y = value(load(input + i, LANES), &s, offset, rise);
-            if (base) y += load(base + i, LANES);
-            store(out + i, y, LANES);
+            Floats y = value(load(input + i), &s, &offset, &rise);
+            if (base) y += load(base + i);
+            store(out + i, y);
         }
         if (i < stop) {
-            Floats y = value(load(input + i, stop - i), &s, offset, rise);
-            if (base) y += load(base + i, stop - i);
-            store(out + i, y, stop - i);
+            Floats y = value(load_some(input + i, stop - i), &s, &offset, &rise);
+            if (base) y += load_some(base + i, stop - i);
+            store_some(out + i, y, stop - i);
         }
     }
 }
 
 typedef struct {
-    Floats s0, s1;
+    Floats g, g_u, g_slope_c;
 } Sums;
 
-/* The gradient of the input; each of sums gets the pair of its interval, whole gets g * u and g * slope * c. */
-INLINE Floats gradient(Floats g, Floats input, const Shape *s, const float *rise, Sums *sums, Sums *whole) {
+/* The gradient of the input; adds to the sums and to those of the ramps. */
+INLINE Floats gradient(Floats g, Floats input, const Shape *s, const Table *rise, Sums *sums, Floats *ramps) {
     Place a = place(input, s);
-    Floats part = g * (a.p - a.j), up = all(0);
     for (int j = 0; j <= s->last; j++) {
-        Ints here = a.j == (float)j;
-        up += only(here, all(rise[j]));
-        sums[j].s0 += only(here, g);
-        sums[j].s1 += only(here, part);
+        Floats ramp = a.p - (float)j;
+        if (j > 0 || s->clamps) ramp = at_least(all(0), ramp);
+        if (j < s->last || s->clamps) ramp = at_most(all(1), ramp);
+        ramps[j] += g * ramp;
     }
-    Floats slope = only(a.u == a.t, 1.0f + up * s->per_spacing);
-    whole->s0 += g * a.u;
-    whole->s1 += g * slope * a.c;
+    Floats slope = only(a.u == a.t, 1.0f + lookup(rise, a.j) * s->per_spacing);
+    sums->g += g;
+    sums->g_u += g * a.u;
+    sums->g_slope_c += g * slope * a.c;
     return only(a.c == a.z, g * slope * (s->scale_in * s->scale_out * s->factor));
 }
 
@@ -121,29 +159,29 @@ INLINE double total(Floats x) {
     return sum;
 }
 
-/* totals: a row for every block with S0 (K - 1 numbers), S1 (K - 1), sum of g * u, sum of g * slope * c.
+/* totals: a row for every block with the sums of g * ramp_j (K - 1 numbers), g, g * u, g * slope * c.
  * grad may be the same memory as input. */
-void spline_backward(const float *g, const float *input, float *grad, long n, const Shape *shape, const float *rise,
+void spline_backward(const float *g, const float *input, float *grad, long n, const Shape *shape, const float *rises,
                      double *totals) {
 #pragma omp parallel for schedule(static) if (n > BLOCK)
     for (long start = 0; start < n; start += BLOCK) {
         const Shape s = *shape;
         const int count = s.last + 1;
+        const Table rise = make_table(rises, count);
         long stop = n - start < BLOCK ? n : start + BLOCK, i = start;
-        Sums sums[count], whole = {all(0), all(0)};
-        memset(sums, 0, sizeof sums);
+        Floats ramps[count];
+        Sums sums = {all(0), all(0), all(0)};
+        memset(ramps, 0, sizeof ramps);
         for (; i + LANES <= stop; i += LANES)
-            store(grad + i, gradient(load(g + i, LANES), load(input + i, LANES), &s, rise, sums, &whole), LANES);
+            store(grad + i, gradient(load(g + i), load(input + i), &s, &rise, &sums, ramps));
         if (i < stop) { /* the lanes beyond have g = 0 */
-            Floats rest = gradient(load(g + i, stop - i), load(input + i, stop - i), &s, rise, sums, &whole);
-            store(grad + i, rest, stop - i);
+            Floats rest = gradient(load_some(g + i, stop - i), load_some(input + i, stop - i), &s, &rise, &sums, ramps);
+            store_some(grad + i, rest, stop - i);
         }
-        double *row = totals + start / BLOCK * (2 * count + 2);
-        for (int j = 0; j < count; j++) {
-            row[j] = total(sums[j].s0);
-            row[count + j] = total(sums[j].s1);
-        }
-        row[2 * count] = total(whole.s0);
-        row[2 * count + 1] = total(whole.s1);
+        double *row = totals + start / BLOCK * (count + 3);
+        for (int j = 0; j < count; j++) row[j] = total(ramps[j]);
+        row[count] = total(sums.g);
+        row[count + 1] = total(sums.g_u);
+        row[count + 2] = total(sums.g_slope_c);
     }
 }

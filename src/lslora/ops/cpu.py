@@ -23,7 +23,7 @@ SOURCE = Path(__file__).with_name("cpu.c")
 # The first that the compiler takes. OpenMP is the one torch has loaded, so `torch.set_num_threads` holds here too.
 FLAGS = (("-O3", "-march=native", "-fopenmp"), ("-O3",))
 BLOCK = 1024  # of cpu.c
-CHUNK = 1 << 18  # elements of z at a time, few enough to stay in the cache
+CHUNK = 1 << 20  # elements of z at a time: four megabytes
 
 
 class _Shape(ctypes.Structure):
@@ -165,7 +165,7 @@ class _Passes:
             len(offsets) - 2,
             grid.extrapolation == "clamp",
         )
-        self.totals = torch.zeros(2 * len(offsets), dtype=torch.float64)
+        self.totals = torch.zeros(len(offsets) + 2, dtype=torch.float64)
 
     def forward(self, x: Tensor, base: Tensor | None, out: Tensor) -> None:
         """Write `base + stretch · spline(factor · x / stretch)` to `out`."""
@@ -179,9 +179,9 @@ class _Passes:
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of `offsets`, `input_scale` and `output_scale` (float32), from everything that went backward."""
-        count = len(self.offsets) - 1
-        s0, s1, value, slope_c = (self.totals * self.stretch).split([count, count, 1, 1])
-        return reference.from_sums(s0, s1, value, slope_c, self.offsets, self.output_scale)
+        ramps, g, value, slope_c = (self.totals * self.stretch).split([len(self.offsets) - 1, 1, 1, 1])
+        knots = -torch.cat([g, ramps, torch.zeros_like(g)]).diff()  # the hat of a knot is a ramp less the next one
+        return reference.from_sums(knots, value, slope_c, self.offsets, self.output_scale)
 
 
 def _call(name: str, *arguments: Tensor | int | _Shape | None) -> None:

@@ -111,19 +111,17 @@ def knot_weight(p: Tensor, knot: int, num_knots: int) -> Tensor:
 
 
 def from_sums(
-    s0: Tensor, s1: Tensor, value: Tensor, slope_c: Tensor, offsets: Tensor, output_scale: Tensor
+    knots: Tensor, value: Tensor, slope_c: Tensor, offsets: Tensor, output_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `offsets` (K,), `input_scale` and `output_scale` (1,) from sums over the elements.
 
-    `s0[j] = Σ g` and `s1[j] = Σ g f`, (K − 1,), are over interval j; `value = Σ g u` and `slope_c = Σ g φ'(t) c`,
-    (1,), over all elements, with c the clamped z and u the clamped `t = input_scale c`. Since `φ = u + δ(p)` is linear
-    in the offsets, `Σ g δ = Σ_i offset_i · ∂/∂offset_i`.
+    `knots[i] = Σ g w_i(p)`, (K,), with `knot_weight`; `value = Σ g u` and `slope_c = Σ g φ'(t) c`, (1,), with c the
+    clamped z and u the clamped `t = input_scale c`. Since `φ = u + δ(p)` is linear in the offsets,
+    `Σ g δ = Σ_i offset_i knots[i]`.
     """
-    zero = s0.new_zeros(1)
-    grad_offsets = torch.cat([s0 - s1, zero]) + torch.cat([zero, s1])
-    grad_output_scale = value + (grad_offsets * offsets).sum()
+    grad_output_scale = value + (knots * offsets).sum()
     dtype = offsets.dtype
-    return (output_scale * grad_offsets).to(dtype), (output_scale * slope_c).to(dtype), grad_output_scale.to(dtype)
+    return (output_scale * knots).to(dtype), (output_scale * slope_c).to(dtype), grad_output_scale.to(dtype)
 
 
 def soft_value(t: Tensor, offsets: Tensor, grid: Grid, soft_temperature: float) -> Tensor:

@@ -139,8 +139,8 @@ def backward(
             *numbers, **settings, size=size, width=width,
         )  # fmt: skip
     s0, s1, value, slope = sums.double().sum(0)
-    count = len(offsets) - 1
-    return grad_z, *reference.from_sums(s0[:count], s1[:count], value[:1], slope[:1], offsets, output_scale)
+    knots = s0 - s1 + s1.roll(1)  # the columns beyond the last interval are zero
+    return grad_z, *reference.from_sums(knots[: len(offsets)], value[:1], slope[:1], offsets, output_scale)
 
 
 def _arguments(offsets: Tensor, grid: reference.Grid) -> tuple[tuple[float, float, float], dict[str, int]]:

@@ -1,0 +1,94 @@
+"""Time whole training steps of a model: forward, backward and AdamW, with each provider's adapter on all its layers.
+
+    python -m benchmarks.train_step --model smollm2 --out benchmarks/results/speed/train_step_cpu.json
+
+`smollm2` has its weights; any other name of `SHAPES` is built from its configuration with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, Phi3Config
+
+from lslora.embedded import resolve_model_name
+
+from . import timing
+from .layer import table
+from .providers import CONFIGS, attach
+
+# microsoft/Phi-3-mini-4k-instruct, config.json
+SHAPES = {
+    "Phi-3-mini": Phi3Config(
+        vocab_size=32064,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+    )
+}
+PROVIDERS = ("peft_lora", "lslora", "lslora_recommended", "seed_naive")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=("smollm2", *SHAPES), default="smollm2")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file that the record is added to")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=256, help="of every row")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--providers", nargs="+", choices=CONFIGS, default=PROVIDERS)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args(argv)
+    timing.check_tests()
+    steps = {provider: train_step(provider, args) for provider in args.providers}
+    seconds = timing.interleaved(steps, args.rounds, args.device)
+    setting = {"model": args.model, "shape": (args.rows, args.tokens), "tokens": args.rows * args.tokens}
+    results = [
+        setting
+        | {"provider": name, "gradient_checkpointing": args.gradient_checkpointing}
+        | timing.summary(seconds[name])
+        | {"peak_bytes": timing.peak_bytes(step, args.device)}
+        for name, step in steps.items()
+    ]
+    record = {"benchmark": "train_step", **timing.environment(args.device), "results": results}
+    timing.append(args.out, record)
+    Console().print(table(results))
+    return 0
+
+
+def train_step(provider: str, args: argparse.Namespace) -> timing.Step:
+    """A step on random tokens, the same for every provider."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    if args.model in SHAPES:
+        with torch.device(args.device):
+            base = AutoModelForCausalLM.from_config(SHAPES[args.model], dtype=dtype)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(resolve_model_name(args.model), dtype=dtype).to(args.device)
+    model = attach(base, provider).train()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.randint(0, model.config.vocab_size, (args.rows, args.tokens), device=args.device)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16) if args.device == "cuda" else nullcontext():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,8 +2,8 @@
 
     python -m benchmarks.layer --device cpu --out benchmarks/results/speed/layer_cpu.json
 
-runs the operations' tests, times all providers in turn (`benchmarks.providers`; fp32 on the CPU, bf16 autocast on CUDA)
-and prints ratios to LoRA of peft; then adds a record to the file.
+runs the operations' tests, times all providers in turn (`benchmarks.providers`; fp32 on the CPU, bf16 under autocast
+on CUDA), prints ratios to peft's LoRA, and adds a record to the file.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lslora.ops import triton as kernels
+from lslora.ops import triton_update as update
 
 NUMBERS = {"k_min": "fp32", "k_max": "fp32", "per_spacing": "fp32"}
 SPLINE = {"offset_at": "*fp32", "scale_in_at": "*fp32", "scale_out_at": "*fp32"}
@@ -27,9 +28,17 @@ def main(architecture):
         types = NUMBERS | SPLINE | {"z_at": z, "out_at": z, "count": "i64"}
         compile_for(target, kernels._forward, types, {"last": 3, "clamps": True, "size": kernels.TILE})
         types |= {"g_at": z, "grad_z_at": z, "sums_at": "*fp32", "tiles": "i32"}
-        for width, size, clamps in ((8, 1024, True), (64, 128, False)):
-            constants = {"last": width - 2, "clamps": clamps, "size": size, "width": width}
+        for width, clamps in ((8, True), (64, False)):
+            constants = {"last": width - 4, "clamps": clamps, "size": kernels.TILE, "width": width}
             compile_for(target, kernels._backward, types, constants)
+    for dtype, width_r, size in (("*bf16", 16, 64), ("*fp32", 256, 32)):
+        types = NUMBERS | SPLINE | {"scaling": "fp32", "n": "i32", "m": "i32", "r": "i32", "stretch_at": "*fp32"}
+        types |= dict.fromkeys(("result_at", "out_at", "g_at", "h_at", "b_at"), dtype)
+        types |= dict.fromkeys(("grad_h_at", "grad_b_at", "sums_at"), "*fp32")
+        constants = {"last": 7, "clamps": False, "rows": size, "columns": size, "width_r": width_r}
+        compile_for(target, update._forward, types, constants)
+        compile_for(target, update._backward_rows, types, constants | {"width": 16})
+        compile_for(target, update._backward_columns, types, constants)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lslora.ops import cpu, eager, reference
 from lslora.ops.spline import HAS_TRITON, spline
+from tests.kernels import where_it_runs
 
 BACKENDS = [cpu, eager]
 if HAS_TRITON:
@@ -115,7 +116,7 @@ def fixed_backend(backend, monkeypatch):
     """Let one backend do the work, whatever the tensors are; returns the dtype it is to be tested in."""
     if backend is cpu:
         assert not isinstance(cpu.library(), str), cpu.library()
-    monkeypatch.setattr("lslora.ops.spline._backend", lambda tensor, dtype: backend)
+    monkeypatch.setattr("lslora.ops.spline._backend", lambda tensor, dtype: where_it_runs(backend))
     return torch.float64 if backend is eager else torch.float32
 
 

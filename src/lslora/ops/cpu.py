@@ -9,7 +9,6 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ SOURCE = Path(__file__).with_name("cpu.c")
 # The first that the compiler takes. OpenMP is the one torch has loaded, so `torch.set_num_threads` holds here too.
 FLAGS = (("-O3", "-march=native", "-fopenmp"), ("-O3",))
 BLOCK = 1024  # of cpu.c
-CHUNK = 1 << 20  # elements of z at a time: four megabytes
 
 
 class _Shape(ctypes.Structure):
@@ -71,7 +69,7 @@ def forward(z: Tensor, offsets: Tensor, input_scale: Tensor, output_scale: Tenso
     """As `lslora.ops.spline.spline`; computed in float32, returned in the dtype of `z`."""
     numbers = z.float().contiguous()
     out = torch.empty_like(numbers)
-    _Passes(offsets, input_scale, output_scale, grid).forward(numbers, None, out)
+    Passes(offsets, input_scale, output_scale, grid).forward(numbers, None, out)
     return out.to(z.dtype)
 
 
@@ -86,62 +84,12 @@ def backward(
     """Gradients of `z` (its dtype), `offsets`, `input_scale` and `output_scale` (float32)."""
     g, numbers = grad_output.float().contiguous(), z.float().contiguous()
     grad_z = torch.empty_like(numbers)
-    passes = _Passes(offsets, input_scale, output_scale, grid)
+    passes = Passes(offsets, input_scale, output_scale, grid)
     passes.backward(g, numbers, grad_z)
     return grad_z.to(z.dtype), *passes.gradients()
 
 
-def update_forward(
-    result: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor,
-    grid: reference.Grid,
-    scaling: float,
-    stretch: float,
-) -> Tensor:
-    """As `lslora.ops.update.update`, with `result` (N, out) and `h` (N, r) float32."""
-    base, out = result.contiguous(), torch.empty_like(result, memory_format=torch.contiguous_format)
-    passes = _Passes(offsets, input_scale, output_scale, grid, scaling, stretch)
-    for rows, z in _chunks(h, weight):
-        passes.forward(z, base[rows], out[rows])
-    return out
-
-
-def update_backward(
-    grad_output: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor,
-    grid: reference.Grid,
-    scaling: float,
-    stretch: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `h`, `weight`, `offsets`, `input_scale` and `output_scale`, all float32."""
-    g = grad_output.contiguous()
-    grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
-    passes = _Passes(offsets, input_scale, output_scale, grid, scaling, stretch)
-    for rows, z in _chunks(h, weight):
-        passes.backward(g[rows], z, z)
-        torch.mm(z, weight, out=grad_h[rows])
-        grad_weight.addmm_(z.T, h[rows])
-    return grad_h, grad_weight, *passes.gradients()
-
-
-def _chunks(h: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows and their `h weightᵀ`, which the next one overwrites."""
-    count = max(1, CHUNK // max(1, len(weight)))
-    buffer = h.new_empty(min(count, len(h)), len(weight))
-    for start in range(0, len(h), count):
-        rows = slice(start, min(start + count, len(h)))
-        yield rows, torch.mm(h[rows], weight.T, out=buffer[: rows.stop - start])
-
-
-class _Passes:
+class Passes:
     """The two functions of cpu.c for `stretch · spline(factor · x / stretch)`, on contiguous float32 tensors."""
 
     def __init__(
@@ -180,8 +128,7 @@ class _Passes:
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of `offsets`, `input_scale` and `output_scale` (float32), from everything that went backward."""
         ramps, g, value, slope_c = (self.totals * self.stretch).split([len(self.offsets) - 1, 1, 1, 1])
-        knots = -torch.cat([g, ramps, torch.zeros_like(g)]).diff()  # the hat of a knot is a ramp less the next one
-        return reference.from_sums(knots, value, slope_c, self.offsets, self.output_scale)
+        return reference.from_ramps(ramps, g, value, slope_c, self.offsets, self.output_scale)
 
 
 def _call(name: str, *arguments: Tensor | int | _Shape | None) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import cpu, reference, spline
+from . import cpu, cpu_update, spline
 
 
 def update(
@@ -19,8 +20,8 @@ def update(
     input_scale: Tensor,
     output_scale: Tensor,
     *,
+    stretch: Tensor,
     scaling: float,
-    stretch: float = 1.0,
     k_min: float,
     k_max: float,
     extrapolation: str = "clamp",
@@ -36,8 +37,8 @@ def update(
         offsets: (K,), K ≥ 2; with `input_scale` and `output_scale`, (1,), as in `spline`.
         input_scale: See `offsets`.
         output_scale: See `offsets`.
+        stretch: σ, (1,), positive; not differentiated.
         scaling: s.
-        stretch: σ > 0.
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`.
         extrapolation: `"clamp"` or `"linear"`.
@@ -49,8 +50,9 @@ def update(
         TypeError: the parameters are no floating-point tensors.
         ValueError: shapes or range are not as above, or `why_not` names a reason.
     """
-    if reason := why_not(result, h, weight):
-        raise ValueError(f"the update cannot be computed in one operation: {reason}")
+    backend = _backend(result, h, weight)
+    if isinstance(backend, str):
+        raise ValueError(f"the update cannot be computed in one operation: {backend}")
     out, r = weight.shape
     if result.shape != (*h.shape[:-1], out) or h.shape[-1] != r:
         raise ValueError(
@@ -58,41 +60,44 @@ def update(
             f"got {tuple(result.shape)}, {tuple(h.shape)} and {tuple(weight.shape)}"
         )
     parameters = spline.checked_parameters(offsets, input_scale, output_scale, torch.float32)
-    grid = spline.checked_grid(k_min, k_max, extrapolation)
-    flat = _Update.apply(result.reshape(-1, out), h.reshape(-1, r), weight, *parameters, grid, scaling, stretch)
-    return flat.view(result.shape)
+    settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
+    flat = result.reshape(-1, out), h.reshape(-1, r), weight.to(h.dtype)
+    return _Update.apply(*flat, *parameters, stretch.float(), settings, backend).view(result.shape)
 
 
-def why_not(*tensors: Tensor) -> str | None:
+def why_not(result: Tensor, h: Tensor, weight: Tensor) -> str | None:
     """Why `update` cannot take a result, h and weight, or None if it can."""
-    if spline.FORCED not in (None, "cpu"):
+    backend = _backend(result, h, weight)
+    return backend if isinstance(backend, str) else None
+
+
+def _backend(result: Tensor, h: Tensor, weight: Tensor) -> ModuleType | str:
+    """What computes an update of these, or why nothing can; the plain path does it step by step."""
+    name = "triton" if result.is_cuda and spline.HAS_TRITON else "cpu"
+    if spline.FORCED not in (None, name):
         return f"LSLORA_BACKEND is {spline.FORCED}"
+    if name == "triton":  # not everywhere, and slow to import
+        from . import triton_update
+
+        return triton_update.why_not(result, h, weight) or triton_update
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    return next((reason for tensor in tensors if (reason := cpu.why_not(tensor, tensor.dtype))), None)
+    return next(
+        (reason for tensor in (result, h, weight) if (reason := cpu.why_not(tensor, tensor.dtype))), cpu_update
+    )
 
 
 class _Update(torch.autograd.Function):
-    """The update with its gradients written out."""
+    """The update with its gradients written out. Saved are h, in its own dtype, and the parameters."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        result: Tensor,
-        h: Tensor,
-        weight: Tensor,
-        offsets: Tensor,
-        input_scale: Tensor,
-        output_scale: Tensor,
-        grid: reference.Grid,
-        scaling: float,
-        stretch: float,
-    ) -> Tensor:
-        ctx.save_for_backward(h, weight, offsets, input_scale, output_scale)
-        ctx.settings = grid, scaling, stretch
-        return cpu.update_forward(result, h, weight, offsets, input_scale, output_scale, *ctx.settings)
+    def forward(ctx: Any, result: Tensor, *arguments: Any) -> Tensor:
+        *tensors, ctx.settings, ctx.backend = arguments
+        ctx.save_for_backward(*tensors)
+        return ctx.backend.forward(result, *tensors, *ctx.settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_output, *cpu.update_backward(grad_output, *ctx.saved_tensors, *ctx.settings), None, None, None
+        gradients = ctx.backend.backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+        return grad_output, *gradients, None, None, None

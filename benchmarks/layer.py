@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -82,7 +81,7 @@ def layer_step(provider: str, shape: tuple[int, int], tokens: int, device: str) 
     g = torch.randn(tokens, shape[1], device=device, dtype=dtype)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext():
+        with timing.autocast(device):
             y = model(x)
         y.backward(g)
         x.grad = None
@@ -104,7 +103,7 @@ def ratios(results: list[dict[str, Any]], key: str) -> dict[str, dict[str, float
 
 def table(results: list[dict[str, Any]]) -> Table:
     time_ratios, memory = ratios(results, "median"), ratios(results, "peak_bytes")
-    shown = Table(title=f"time of forward and backward, and (peak memory), over {BASELINE}'s")
+    shown = Table(title=f"time, and (peak memory), over {BASELINE}'s")
     providers = list(dict.fromkeys(r["provider"] for r in results))
     for heading in ("", *providers):
         shown.add_column(heading, justify="left" if not heading else "right")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def interleaved(steps: dict[str, Step], rounds: int, device: str) -> dict[str, l
             if turn:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def autocast(device: str) -> AbstractContextManager[Any]:
+    """bf16 on CUDA, as half-precision training has it; nothing on the CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
 
 
 def synchronize(device: str) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args(argv)
     timing.check_tests()
-    steps = {provider: train_step(provider, args) for provider in args.providers}
+    steps = {provider: train_step(adapted(provider, args.model, args.device), args) for provider in args.providers}
     seconds = timing.interleaved(steps, args.rounds, args.device)
     setting = {"model": args.model, "shape": (args.rows, args.tokens), "tokens": args.rows * args.tokens}
     results = [
@@ -65,23 +65,28 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train_step(provider: str, args: argparse.Namespace) -> timing.Step:
-    """A step on random tokens, the same for every provider."""
+def adapted(provider: str, name: str, device: str) -> Any:
+    """The model with the provider's adapter; fp32 on the CPU, bf16 on CUDA."""
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    if args.model in SHAPES:
-        with torch.device(args.device):
-            base = AutoModelForCausalLM.from_config(SHAPES[args.model], dtype=dtype)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if name in SHAPES:
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(SHAPES[name], dtype=dtype)
     else:
-        base = AutoModelForCausalLM.from_pretrained(resolve_model_name(args.model), dtype=dtype).to(args.device)
-    model = attach(base, provider).train()
+        base = AutoModelForCausalLM.from_pretrained(resolve_model_name(name), dtype=dtype).to(device)
+    return attach(base, provider)
+
+
+def train_step(model: Any, args: argparse.Namespace) -> timing.Step:
+    """A step on random tokens, the same for every provider."""
+    model.train()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, model.config.vocab_size, (args.rows, args.tokens), device=args.device)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16) if args.device == "cuda" else nullcontext():
+        with timing.autocast(args.device):
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()

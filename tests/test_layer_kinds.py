@@ -16,6 +16,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 from lslora import LSLoraConfig, Spline
+from lslora.ops.reference import Grid
 from lslora.ops.reference import spline as reference
 
 VALUES = [-0.9, -0.1, 0.05, 0.2, 0.6]
@@ -133,8 +134,8 @@ def bend(model, adapter_name="default"):
 def phi(z):
     one = torch.ones(1)
     offsets = torch.tensor(VALUES) - torch.linspace(-0.5, 0.5, 5)
-    settings = {"interpolation_method": "piecewise", "extrapolation": "clamp", "soft_temperature": 0.5}
-    return reference(z, offsets, one, one, **KNOTS, **settings)
+    grid = Grid(-0.5, 0.5)
+    return reference(z, offsets, one, one, grid, interpolation_method="piecewise", soft_temperature=0.5)
 
 
 def update(model, x):

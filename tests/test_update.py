@@ -73,7 +73,7 @@ def results(function, operands, dtype, extrapolation="clamp"):
 @pytest.fixture(params=BACKENDS)
 def backend(request, monkeypatch):
     """Each in turn does the work, whatever the tensors are."""
-    monkeypatch.setattr("lslora.ops.update._backend", lambda *tensors: where_it_runs(request.param))
+    monkeypatch.setattr("lslora.ops.update.backend_for", lambda *tensors: where_it_runs(request.param))
     monkeypatch.setattr(cpu_update, "CHUNK", 64)  # many chunks, the last one not full
     return request.param
 
@@ -116,7 +116,7 @@ def test_its_error_is_at_most_twice_that_of_plain_float32(backend):
     ],
 )
 def test_the_kernels_error_in_half_precision_is_at_most_twice_that_of_plain_torch(dtype, monkeypatch):
-    monkeypatch.setattr("lslora.ops.update._backend", lambda *tensors: where_it_runs(triton_update))
+    monkeypatch.setattr("lslora.ops.update.backend_for", lambda *tensors: where_it_runs(triton_update))
     given = operands((150,), 70, 16, 9)
     given = [operand.to(dtype).double() for operand in given[:3]] + given[3:]  # all of them the same numbers
 

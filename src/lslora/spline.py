@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from . import calibration, penalty
 from .config import LSLoraConfig
 from .ops.spline import spline
-from .ops.update import update, why_not
+from .ops.update import backend_for, update
 
 
 class Spline(nn.Module):
@@ -145,7 +145,11 @@ class Spline(nn.Module):
 
     def takes_update(self, result: Tensor, h: Tensor, weight: Tensor) -> bool:
         """Whether `update` can be called with these tensors now."""
-        return self.interpolation_method == "piecewise" and not self.waits and not why_not(result, h, weight)
+        return (
+            self.interpolation_method == "piecewise"
+            and not self.waits
+            and not isinstance(backend_for(result, h, weight), str)
+        )
 
     def update(self, result: Tensor, h: Tensor, weight: Tensor, scaling: float) -> Tensor:
         """`result + self(scaling · h weightᵀ)` in one operation; see `lslora.ops.update.update`."""

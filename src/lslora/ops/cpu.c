@@ -19,11 +19,18 @@ enum { LANES = 8, BLOCK = 1024 };
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+/* stretch * spline(scaling * x / stretch), as Python hands it over; stretch may be NULL for 1. */
 typedef struct {
-    float factor; /* of the input, before everything else */
-    float k_min, k_max, per_spacing, scale_in, scale_out;
-    int last;   /* index of the last interval, K - 2 */
-    int clamps; /* extrapolation: clamp (1) or linear (0) */
+    const float *offsets, *input_scale, *output_scale, *stretch;
+    float scaling, k_min, k_max;
+    int knots, clamps; /* extrapolation: clamp (1) or linear (0) */
+} Spline;
+
+/* The same with everything that is constant multiplied out. */
+typedef struct {
+    float factor, k_min, k_max, per_spacing, scale_in, scale_out;
+    int last; /* index of the last interval, K - 2 */
+    int clamps;
 } Shape;
 
 typedef struct {
@@ -72,6 +79,19 @@ INLINE Floats at_most(Floats high, Floats x) {
 
 INLINE Floats clamp(Floats x, float low, float high) { return at_most(all(high), at_least(all(low), x)); }
 
+static float stretch_of(const Spline *spline) { return spline->stretch ? *spline->stretch : 1.0f; }
+
+static Shape shape_of(const Spline *spline) {
+    float stretch = stretch_of(spline), per_spacing = (spline->knots - 1) / (spline->k_max - spline->k_min);
+    return (Shape){
+        spline->scaling / stretch, spline->k_min,          spline->k_max, per_spacing, *spline->input_scale,
+        *spline->output_scale * stretch, spline->knots - 2, spline->clamps};
+}
+
+static void differences(const Spline *spline, float *rises) {
+    for (int j = 0; j + 1 < spline->knots; j++) rises[j] = spline->offsets[j + 1] - spline->offsets[j];
+}
+
 INLINE Place place(Floats input, const Shape *s) {
     Place a;
     a.z = s->factor * input;
@@ -113,12 +133,14 @@ INLINE Floats value(Floats input, const Shape *s, const Table *offset, const Tab
 }
 
 /* out = base + scale_out * phi; base may be NULL for 0. */
-void spline_forward(const float *input, const float *base, float *out, long n, const Shape *shape, const float *offsets,
-                    const float *rises) {
+void spline_forward(const float *input, const float *base, float *out, long n, const Spline *spline) {
+    const Shape shape = shape_of(spline);
+    float rises[shape.last + 1];
+    differences(spline, rises);
 #pragma omp parallel for schedule(static) if (n > BLOCK)
     for (long start = 0; start < n; start += BLOCK) {
-        const Shape s = *shape;
-        const Table offset = make_table(offsets, s.last + 1), rise = make_table(rises, s.last + 1);
+        const Shape s = shape;
+        const Table offset = make_table(spline->offsets, s.last + 1), rise = make_table(rises, s.last + 1);
         long stop = n - start < BLOCK ? n : start + BLOCK, i = start;
         for (; i + LANES <= stop; i += LANES) {
             Floats y = value(load(input + i), &s, &offset, &rise);
@@ -159,29 +181,50 @@ INLINE double total(Floats x) {
     return sum;
 }
 
-/* totals: a row for every block with the sums of g * ramp_j (K - 1 numbers), g, g * u, g * slope * c.
- * grad may be the same memory as input. */
-void spline_backward(const float *g, const float *input, float *grad, long n, const Shape *shape, const float *rises,
-                     double *totals) {
-#pragma omp parallel for schedule(static) if (n > BLOCK)
-    for (long start = 0; start < n; start += BLOCK) {
-        const Shape s = *shape;
-        const int count = s.last + 1;
+/* Adds to sums those of g * ramp_j (K - 1 numbers), g, g * u and g * slope * c. rows is room for as many numbers for
+ * every block; grad may be the same memory as input. */
+void spline_backward(const float *g, const float *input, float *grad, long n, const Spline *spline, double *rows,
+                     double *sums) {
+    const Shape shape = shape_of(spline);
+    const int count = shape.last + 1, width = count + 3;
+    const long blocks = (n + BLOCK - 1) / BLOCK;
+    float rises[count];
+    differences(spline, rises);
+#pragma omp parallel for schedule(static) if (blocks > 1)
+    for (long block = 0; block < blocks; block++) {
+        const Shape s = shape;
         const Table rise = make_table(rises, count);
-        long stop = n - start < BLOCK ? n : start + BLOCK, i = start;
+        long i = block * BLOCK, stop = n - i < BLOCK ? n : i + BLOCK;
         Floats ramps[count];
-        Sums sums = {all(0), all(0), all(0)};
+        Sums found = {all(0), all(0), all(0)};
         memset(ramps, 0, sizeof ramps);
         for (; i + LANES <= stop; i += LANES)
-            store(grad + i, gradient(load(g + i), load(input + i), &s, &rise, &sums, ramps));
+            store(grad + i, gradient(load(g + i), load(input + i), &s, &rise, &found, ramps));
         if (i < stop) { /* the lanes beyond have g = 0 */
-            Floats rest = gradient(load_some(g + i, stop - i), load_some(input + i, stop - i), &s, &rise, &sums, ramps);
-            store_some(grad + i, rest, stop - i);
+            Floats g_rest = load_some(g + i, stop - i), rest = load_some(input + i, stop - i);
+            store_some(grad + i, gradient(g_rest, rest, &s, &rise, &found, ramps), stop - i);
         }
-        double *row = totals + start / BLOCK * (count + 3);
+        double *row = rows + block * width;
         for (int j = 0; j < count; j++) row[j] = total(ramps[j]);
-        row[count] = total(sums.g);
-        row[count + 1] = total(sums.g_u);
-        row[count + 2] = total(sums.g_slope_c);
+        row[count] = total(found.g);
+        row[count + 1] = total(found.g_u);
+        row[count + 2] = total(found.g_slope_c);
     }
+    for (long block = 0; block < blocks; block++)
+        for (int k = 0; k < width; k++) sums[k] += rows[block * width + k];
+}
+
+/* From the sums the gradients of the offsets (K numbers), input_scale and output_scale; see from_ramps. */
+void spline_gradients(const Spline *spline, const double *sums, float *out) {
+    const int count = spline->knots - 1;
+    const double stretch = stretch_of(spline), scale = stretch * *spline->output_scale;
+    double before = sums[count], value = sums[count + 1]; /* the ramp before the first knot is 1 everywhere */
+    for (int i = 0; i <= count; i++) {
+        double after = i < count ? sums[i] : 0, knot = before - after;
+        out[i] = (float)(scale * knot);
+        value += knot * spline->offsets[i];
+        before = after;
+    }
+    out[count + 1] = (float)(scale * sums[count + 2]);
+    out[count + 2] = (float)(stretch * value);
 }

@@ -24,13 +24,13 @@ FLAGS = (("-O3", "-march=native", "-fopenmp"), ("-O3",))
 BLOCK = 1024  # of cpu.c
 
 
-class _Shape(ctypes.Structure):
-    """`Shape` of cpu.c."""
+class _Spline(ctypes.Structure):
+    """`Spline` of cpu.c."""
 
     _fields_ = (
-        *((name, ctypes.c_float) for name in ("factor", "k_min", "k_max", "per_spacing", "scale_in", "scale_out")),
-        ("last", ctypes.c_int),
-        ("clamps", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("offsets", "input_scale", "output_scale", "stretch")),
+        *((name, ctypes.c_float) for name in ("scaling", "k_min", "k_max")),
+        *((name, ctypes.c_int) for name in ("knots", "clamps")),
     )
 
 
@@ -90,7 +90,7 @@ def backward(
 
 
 class Passes:
-    """The two functions of cpu.c for `stretch · spline(factor · x / stretch)`, on contiguous float32 tensors."""
+    """The functions of cpu.c for `stretch · spline(scaling · x / stretch)`, on contiguous float32 tensors."""
 
     def __init__(
         self,
@@ -98,45 +98,44 @@ class Passes:
         input_scale: Tensor,
         output_scale: Tensor,
         grid: reference.Grid,
-        factor: float = 1.0,
-        stretch: float = 1.0,
+        scaling: float = 1.0,
+        stretch: Tensor | None = None,
     ) -> None:
-        self.offsets, self.rises, self.stretch = offsets.contiguous(), offsets.diff(), stretch
-        self.output_scale = output_scale
-        self.shape = _Shape(
-            factor / stretch,
+        # Kept, for only their addresses are handed on.
+        self.tensors = offsets.contiguous(), input_scale, output_scale, stretch
+        self.spline = _Spline(
+            *(None if tensor is None else tensor.data_ptr() for tensor in self.tensors),
+            scaling,
             grid.k_min,
             grid.k_max,
-            1 / reference.spacing(len(offsets), grid),
-            input_scale.item(),
-            output_scale.item() * stretch,
-            len(offsets) - 2,
+            len(offsets),
             grid.extrapolation == "clamp",
         )
-        self.totals = torch.zeros(len(offsets) + 2, dtype=torch.float64)
+        self.sums = torch.zeros(len(offsets) + 2, dtype=torch.float64)
 
     def forward(self, x: Tensor, base: Tensor | None, out: Tensor) -> None:
-        """Write `base + stretch · spline(factor · x / stretch)` to `out`."""
-        _call("spline_forward", x, base, out, x.numel(), self.shape, self.offsets, self.rises)
+        """Write `base + stretch · spline(scaling · x / stretch)` to `out`."""
+        _call("spline_forward", x, base, out, x.numel(), self.spline)
 
     def backward(self, g: Tensor, x: Tensor, grad: Tensor) -> None:
-        """Write the gradient of `x` to `grad`, which may be `x` itself, and remember the sums."""
-        totals = torch.empty(-(-x.numel() // BLOCK), len(self.totals), dtype=torch.float64)
-        _call("spline_backward", g, x, grad, x.numel(), self.shape, self.rises, totals)
-        self.totals += totals.sum(0)
+        """Write the gradient of `x` to `grad`, which may be `x` itself, and add to the sums."""
+        rows = torch.empty(-(-x.numel() // BLOCK), len(self.sums), dtype=torch.float64)
+        _call("spline_backward", g, x, grad, x.numel(), self.spline, rows, self.sums)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of `offsets`, `input_scale` and `output_scale` (float32), from everything that went backward."""
-        ramps, g, value, slope_c = (self.totals * self.stretch).split([len(self.offsets) - 1, 1, 1, 1])
-        return reference.from_ramps(ramps, g, value, slope_c, self.offsets, self.output_scale)
+        found = torch.empty(len(self.sums))
+        _call("spline_gradients", self.spline, self.sums, found)
+        offsets, input_scale, output_scale = found.split([len(self.sums) - 2, 1, 1])
+        return offsets, input_scale, output_scale
 
 
-def _call(name: str, *arguments: Tensor | int | _Shape | None) -> None:
-    """Call a function of the library: tensors as pointers (None: NULL), numbers as `long`, the shape by reference."""
+def _call(name: str, *arguments: Tensor | int | _Spline | None) -> None:
+    """Call a function of the library: tensors as pointers (None: NULL), numbers as `long`, the spline by reference."""
     getattr(library(), name)(*map(_passed, arguments))
 
 
-def _passed(argument: Tensor | int | _Shape | None) -> Any:
+def _passed(argument: Tensor | int | _Spline | None) -> Any:
     if argument is None:
         return None
     if isinstance(argument, Tensor):

@@ -26,7 +26,7 @@ def forward(
 ) -> Tensor:
     """As `lslora.ops.update.update`, with `result` (N, out) and `h` (N, r) float32."""
     base, out = result.contiguous(), torch.empty_like(result, memory_format=torch.contiguous_format)
-    passes = Passes(offsets, input_scale, output_scale, grid, scaling, stretch.item())
+    passes = Passes(offsets, input_scale, output_scale, grid, scaling, stretch)
     for rows, z in _chunks(h, weight):
         passes.forward(z, base[rows], out[rows])
     return out
@@ -46,7 +46,7 @@ def backward(
     """Gradients of `h`, `weight`, `offsets`, `input_scale` and `output_scale`, all float32."""
     g = grad_output.contiguous()
     grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
-    passes = Passes(offsets, input_scale, output_scale, grid, scaling, stretch.item())
+    passes = Passes(offsets, input_scale, output_scale, grid, scaling, stretch)
     for rows, z in _chunks(h, weight):
         passes.backward(g[rows], z, z)
         torch.mm(z, weight, out=grad_h[rows])

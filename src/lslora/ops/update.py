@@ -48,9 +48,9 @@ def update(
 
     Raises:
         TypeError: the parameters are no floating-point tensors.
-        ValueError: shapes or range are not as above, or `why_not` names a reason.
+        ValueError: shapes or range are not as above, or `backend_for` names a reason.
     """
-    backend = _backend(result, h, weight)
+    backend = backend_for(result, h, weight)
     if isinstance(backend, str):
         raise ValueError(f"the update cannot be computed in one operation: {backend}")
     out, r = weight.shape
@@ -61,18 +61,11 @@ def update(
         )
     parameters = spline.checked_parameters(offsets, input_scale, output_scale, torch.float32)
     settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
-    flat = result.reshape(-1, out), h.reshape(-1, r), weight.to(h.dtype)
-    return _Update.apply(*flat, *parameters, stretch.float(), settings, backend).view(result.shape)
+    return _Update.apply(result, h, weight.to(h.dtype), *parameters, stretch.float(), settings, backend)
 
 
-def why_not(result: Tensor, h: Tensor, weight: Tensor) -> str | None:
-    """Why `update` cannot take a result, h and weight, or None if it can."""
-    backend = _backend(result, h, weight)
-    return backend if isinstance(backend, str) else None
-
-
-def _backend(result: Tensor, h: Tensor, weight: Tensor) -> ModuleType | str:
-    """What computes an update of these, or why nothing can; the plain path does it step by step."""
+def backend_for(result: Tensor, h: Tensor, weight: Tensor) -> ModuleType | str:
+    """What computes an update of these, or why nothing can; then it takes several operations."""
     name = "triton" if result.is_cuda and spline.HAS_TRITON else "cpu"
     if spline.FORCED not in (None, name):
         return f"LSLORA_BACKEND is {spline.FORCED}"
@@ -90,14 +83,19 @@ def _backend(result: Tensor, h: Tensor, weight: Tensor) -> ModuleType | str:
 class _Update(torch.autograd.Function):
     """The update with its gradients written out. Saved are h, in its own dtype, and the parameters."""
 
+    # Rows are flattened in here, where autograd does not watch.
+
     @staticmethod
-    def forward(ctx: Any, result: Tensor, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, result: Tensor, h: Tensor, *arguments: Any) -> Tensor:
         *tensors, ctx.settings, ctx.backend = arguments
-        ctx.save_for_backward(*tensors)
-        return ctx.backend.forward(result, *tensors, *ctx.settings)
+        ctx.save_for_backward(h, *tensors)
+        rows = result.reshape(-1, result.shape[-1]), h.reshape(-1, h.shape[-1])
+        return ctx.backend.forward(*rows, *tensors, *ctx.settings).view(result.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.backend.backward(grad_output, *ctx.saved_tensors, *ctx.settings)
-        return grad_output, *gradients, None, None, None
+        h, *tensors = ctx.saved_tensors
+        rows = grad_output.reshape(-1, grad_output.shape[-1]), h.reshape(-1, h.shape[-1])
+        grad_h, *gradients = ctx.backend.backward(*rows, *tensors, *ctx.settings)
+        return grad_output, grad_h.view(h.shape), *gradients, None, None, None

@@ -27,14 +27,14 @@ def main(architecture):
         z = f"*{dtype}"
         types = NUMBERS | SPLINE | {"z_at": z, "out_at": z, "count": "i64"}
         compile_for(target, kernels._forward, types, {"last": 3, "clamps": True, "size": kernels.TILE})
-        types |= {"g_at": z, "grad_z_at": z, "sums_at": "*fp32", "tiles": "i32"}
+        types |= {"g_at": z, "grad_z_at": z, "sums_at": "*fp64", "tiles": "i32"}
         for width, clamps in ((8, True), (64, False)):
             constants = {"last": width - 4, "clamps": clamps, "size": kernels.TILE, "width": width}
             compile_for(target, kernels._backward, types, constants)
     for dtype, width_r, size in (("*bf16", 16, 64), ("*fp32", 256, 32)):
         types = NUMBERS | SPLINE | {"scaling": "fp32", "n": "i32", "m": "i32", "r": "i32", "stretch_at": "*fp32"}
         types |= dict.fromkeys(("result_at", "out_at", "g_at", "h_at", "b_at"), dtype)
-        types |= dict.fromkeys(("grad_h_at", "grad_b_at", "sums_at"), "*fp32")
+        types |= {"grad_h_at": "*fp32", "grad_b_at": "*fp32", "sums_at": "*fp64"}
         constants = {"last": 7, "clamps": False, "rows": size, "columns": size, "width_r": width_r}
         compile_for(target, update._forward, types, constants)
         compile_for(target, update._backward_rows, types, constants | {"width": 16})

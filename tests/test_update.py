@@ -75,6 +75,7 @@ def backend(request, monkeypatch):
     """Each in turn does the work, whatever the tensors are."""
     monkeypatch.setattr("lslora.ops.update.backend_for", lambda *tensors: where_it_runs(request.param))
     monkeypatch.setattr(cpu_update, "CHUNK", 64)  # many chunks, the last one not full
+    monkeypatch.setattr(request.param, "PROGRAMS", 3, raising=False)  # few programs, with several tiles each
     return request.param
 
 

@@ -53,7 +53,7 @@ def _forward(
 
 @triton.jit
 def add_sums(sums, g, u, p, slope_c, columns, last: tl.constexpr, clamps: tl.constexpr):
-    """`sums`, (width,), and on top of it C[0 … last], Σ g, Σ g u and Σ g slope c of a tile."""
+    """`sums`, (width,) float64, and on top of it C[0 … last], Σ g, Σ g u and Σ g slope c of a tile."""
     for j in range(last + 1):
         ramp = p - j
         if clamps or j > 0:
@@ -85,7 +85,7 @@ def _backward(
     """Row `program` of sums, (programs, width), as `add_sums` has it."""
     scale_in, scale_out = tl.load(scale_in_at), tl.load(scale_out_at)
     columns = tl.arange(0, width)
-    sums = tl.zeros((width,), tl.float32)
+    sums = tl.zeros((width,), tl.float64)
     tile = tl.program_id(0)
     while tile < tiles:
         i = tl.full((1,), size, tl.int64) * tile + tl.arange(0, size)
@@ -145,14 +145,14 @@ def backward(
     width = triton.next_power_of_2(len(offsets) + 2)
     tiles = triton.cdiv(z.numel(), TILE)
     programs = max(1, min(tiles, MAX_PROGRAMS))
-    sums = z.new_empty(programs, width, dtype=torch.float32)
+    sums = z.new_empty(programs, width, dtype=torch.float64)
     numbers, settings = arguments(offsets, grid)
     with torch.cuda.device_of(z):
         _backward[(programs,)](
             g, z, grad_z, sums, offsets.contiguous(), input_scale, output_scale, z.numel(), tiles,
             *numbers, **settings, size=TILE, width=width,
         )  # fmt: skip
-    return grad_z, *gradients(sums.double().sum(0), offsets, output_scale)
+    return grad_z, *gradients(sums.sum(0), offsets, output_scale)
 
 
 def gradients(sums: Tensor, offsets: Tensor, output_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:

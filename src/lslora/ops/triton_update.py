@@ -74,7 +74,7 @@ def _backward_rows(
     scale_in, stretch = tl.load(scale_in_at), tl.load(stretch_at)
     scale_out = tl.load(scale_out_at) * stretch
     h = _tile(h_at, i, k, n, r)
-    grad_h, sums = tl.zeros((rows, width_r), tl.float32), tl.zeros((width,), tl.float32)
+    grad_h, sums = tl.zeros((rows, width_r), tl.float32), tl.zeros((width,), tl.float64)
     start = tl.program_id(1) * columns
     while start < m:
         j = start + tl.arange(0, columns)
@@ -172,16 +172,15 @@ def backward(
     across, down = max(1, triton.cdiv(n, tiles["rows"])), max(1, triton.cdiv(m, tiles["columns"]))
     parts_h, parts_b = (max(1, min(b, PROGRAMS // a)) for a, b in ((across, down), (down, across)))
     width = triton.next_power_of_2(len(offsets) + 2)
-    grad_h, grad_weight, sums = (
-        g.new_empty(shape, dtype=torch.float32)
-        for shape in ((parts_h, n, r), (parts_b, m, r), (across * parts_h, width))
-    )
+    grad_h = g.new_empty(parts_h, n, r, dtype=torch.float32)
+    grad_weight = g.new_empty(parts_b, m, r, dtype=torch.float32)
+    sums = g.new_empty(across * parts_h, width, dtype=torch.float64)
     numbers, settings = arguments(offsets, grid)
     spline = (offsets.contiguous(), input_scale, output_scale, stretch, scaling, n, m, r, *numbers)
     with torch.cuda.device_of(g):
         _backward_rows[(across, parts_h)](g, h, weight, grad_h, sums, *spline, **settings, **tiles, width=width)
         _backward_columns[(down, parts_b)](g, h, weight, grad_weight, *spline, **settings, **tiles)
-    found = gradients(sums.double().sum(0), offsets, output_scale)
+    found = gradients(sums.sum(0), offsets, output_scale)
     return grad_h.sum(0).to(h.dtype), grad_weight.sum(0).to(weight.dtype), *found
 
 

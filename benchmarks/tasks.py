@@ -113,8 +113,8 @@ def evaluate(model: Any, examples: Sequence[Example]) -> dict[str, Any]:
         row, and `row_tokens`; and, where rows have options, `accuracy` (share whose likeliest completion is the right
         one) and `row_correct`.
     """
-    found = likelihoods(model, [candidate for example in examples for candidate in candidates(example)])
-    rows = [[found.pop(0) for _ in candidates(example)] for example in examples]
+    found = iter(likelihoods(model, [candidate for example in examples for candidate in candidates(example)]))
+    rows = [[next(found) for _ in candidates(example)] for example in examples]
     nll, counts = [row[0][0] for row in rows], [row[0][1] for row in rows]
     result = {"nll": sum(nll) / sum(counts), "row_nll": nll, "row_tokens": counts}
     if all(example["wrong"] for example in examples):

@@ -1,4 +1,4 @@
-"""Draw what `benchmarks.layer` and `benchmarks.train_step` measured: bars over peft's LoRA, with 20 to 80 % ranges.
+"""Draw what `benchmarks.layer`, `train_step` and `inference` measured: bars over peft's LoRA, with 20 to 80 % ranges.
 
     python -m benchmarks.draw_speed FILE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ R, ALPHA = 16, 32
 
 CONFIGS: dict[str, Any] = {
     "base": None,
-    "peft_lora": lambda **settings: LoraConfig(**settings),
-    "peft_dora": lambda **settings: LoraConfig(use_dora=True, **settings),
-    "lslora": lambda **settings: LSLoraConfig(**settings),
-    "lslora_recommended": lambda **settings: LSLoraConfig.recommended(calibration_steps=1, **settings),
-    "lslora_reference": lambda **settings: LSLoraConfig(**settings),
-    "seed_naive": lambda **settings: LSLoraConfig(**settings),
+    "peft_lora": LoraConfig,
+    "peft_dora": partial(LoraConfig, use_dora=True),
+    "lslora": LSLoraConfig,
+    "lslora_recommended": partial(LSLoraConfig.recommended, calibration_steps=1),
+    "lslora_reference": LSLoraConfig,
+    "seed_naive": LSLoraConfig,
 }
 
 

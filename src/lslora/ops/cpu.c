@@ -1,7 +1,8 @@
 /* The piecewise spline in one pass over the elements; see reference.py for the mathematics and the notation.
  *
- * Eight elements at a time, in blocks that threads share. Every block has sums of its own, added up in order by the
- * caller, so the result does not depend on the number of threads; blocks are short, for these sums are in float32.
+ * Eight elements at a time, in blocks (of BLOCK elements, given by the command line) that threads share. Every block has
+ * sums of its own, added up in order at the end, so the result does not depend on the number of threads; blocks are
+ * short, for these sums are in float32.
  *
  * All gradients of the spline follow from the sum of g and one sum an interval, C[j] = sum of g * ramp_j(p), where
  * ramp_j rises from 0 to 1 over interval j: the hat of knot i is ramp_(i-1) - ramp_i. A knot without elements beside
@@ -13,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-enum { LANES = 8, BLOCK = 1024 };
+enum { LANES = 8 };
 
 /* As wide as AVX; compilers split it where the machine's registers are narrower. */
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));

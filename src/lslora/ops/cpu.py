@@ -21,7 +21,7 @@ from . import reference
 SOURCE = Path(__file__).with_name("cpu.c")
 # The first that the compiler takes. OpenMP is the one torch has loaded, so `torch.set_num_threads` holds here too.
 FLAGS = (("-O3", "-march=native", "-fopenmp"), ("-O3",))
-BLOCK = 1024  # of cpu.c
+BLOCK = 1024  # elements that have sums of their own
 
 
 class _Spline(ctypes.Structure):
@@ -40,9 +40,9 @@ def library() -> ctypes.CDLL | str:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "cpu.so"
         for flags in FLAGS:
-            command = [os.environ.get("CC", "cc"), *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(target)]
+            command = [os.environ.get("CC", "cc"), *flags, f"-DBLOCK={BLOCK}", "-shared", "-fPIC", str(SOURCE)]
             try:
-                subprocess.run(command, check=True, capture_output=True, text=True)
+                subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, text=True)
                 return ctypes.CDLL(str(target))
             except subprocess.CalledProcessError as error:
                 reason = f"{' '.join(command)} failed: {error.stderr.strip()}"

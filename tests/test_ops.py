@@ -198,6 +198,15 @@ def test_a_forced_backend_runs_or_says_why_it_cannot(monkeypatch):
         spline(z, *p, **grid)
 
 
+def test_more_knots_than_a_stack_holds():
+    offsets, one = torch.zeros(400_001, requires_grad=True), torch.ones(1)
+    z = torch.tensor([-3.0, 0.25, 2.0])
+    y = spline(z, offsets, one, one, k_min=-4, k_max=4)
+    torch.testing.assert_close(y, z)
+    y.sum().backward()
+    assert offsets.grad.nonzero().flatten().tolist() == [50_000, 212_500, 300_000]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_stays_nan_and_disturbs_no_other_element(backend, monkeypatch):
     dtype = fixed_backend(backend, monkeypatch)

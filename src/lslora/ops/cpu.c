@@ -1,7 +1,7 @@
 /* The piecewise spline in one pass over the elements; see reference.py for the mathematics and the notation.
  *
- * Eight elements at a time, in blocks (of BLOCK elements, given by the command line) that threads share. Every block has
- * sums of its own, added up in order at the end, so the result does not depend on the number of threads; blocks are
+ * LANES elements at a time, eight, in blocks of BLOCK that threads share; cpu.py gives both to the compiler. Every block
+ * has sums of its own, added up in order at the end, so the result does not depend on the number of threads; blocks are
  * short, for these sums are in float32.
  *
  * All gradients of the spline follow from the sum of g and one sum an interval, C[j] = sum of g * ramp_j(p), where
@@ -14,15 +14,14 @@
 #include <immintrin.h>
 #endif
 
-enum { LANES = 8 };
-
 /* As wide as AVX; compilers split it where the machine's registers are narrower. */
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* stretch * spline(scaling * x / stretch), as Python hands it over; stretch may be NULL for 1. */
+/* stretch * spline(scaling * x / stretch), as Python hands it over; stretch may be NULL for 1. rises[j] is
+ * offsets[j + 1] - offsets[j]. */
 typedef struct {
-    const float *offsets, *input_scale, *output_scale, *stretch;
+    const float *offsets, *rises, *input_scale, *output_scale, *stretch;
     float scaling, k_min, k_max;
     int knots, clamps; /* extrapolation: clamp (1) or linear (0) */
 } Spline;
@@ -89,10 +88,6 @@ static Shape shape_of(const Spline *spline) {
         *spline->output_scale * stretch, spline->knots - 2, spline->clamps};
 }
 
-static void differences(const Spline *spline, float *rises) {
-    for (int j = 0; j + 1 < spline->knots; j++) rises[j] = spline->offsets[j + 1] - spline->offsets[j];
-}
-
 INLINE Place place(Floats input, const Shape *s) {
     Place a;
     a.z = s->factor * input;
@@ -136,12 +131,10 @@ INLINE Floats value(Floats input, const Shape *s, const Table *offset, const Tab
 /* out = base + scale_out * phi; base may be NULL for 0. */
 void spline_forward(const float *input, const float *base, float *out, long n, const Spline *spline) {
     const Shape shape = shape_of(spline);
-    float rises[shape.last + 1];
-    differences(spline, rises);
 #pragma omp parallel for schedule(static) if (n > BLOCK)
     for (long start = 0; start < n; start += BLOCK) {
         const Shape s = shape;
-        const Table offset = make_table(spline->offsets, s.last + 1), rise = make_table(rises, s.last + 1);
+        const Table offset = make_table(spline->offsets, s.last + 1), rise = make_table(spline->rises, s.last + 1);
         long stop = n - start < BLOCK ? n : start + BLOCK, i = start;
         for (; i + LANES <= stop; i += LANES) {
             Floats y = value(load(input + i), &s, &offset, &rise);
@@ -182,23 +175,20 @@ INLINE double total(Floats x) {
     return sum;
 }
 
-/* Adds to sums those of g * ramp_j (K - 1 numbers), g, g * u and g * slope * c. rows is room for as many numbers for
- * every block; grad may be the same memory as input. */
-void spline_backward(const float *g, const float *input, float *grad, long n, const Spline *spline, double *rows,
-                     double *sums) {
+/* Adds to sums those of g * ramp_j (K - 1 numbers), g, g * u and g * slope * c. For every block, rows is room for as
+ * many numbers, and lanes for K - 1 times LANES, all zero. grad may be the same memory as input. */
+void spline_backward(const float *g, const float *input, float *grad, long n, const Spline *spline, float *lanes,
+                     double *rows, double *sums) {
     const Shape shape = shape_of(spline);
     const int count = shape.last + 1, width = count + 3;
     const long blocks = (n + BLOCK - 1) / BLOCK;
-    float rises[count];
-    differences(spline, rises);
 #pragma omp parallel for schedule(static) if (blocks > 1)
     for (long block = 0; block < blocks; block++) {
         const Shape s = shape;
-        const Table rise = make_table(rises, count);
+        const Table rise = make_table(spline->rises, count);
         long i = block * BLOCK, stop = n - i < BLOCK ? n : i + BLOCK;
-        Floats ramps[count];
+        Floats *ramps = (Floats *)lanes + block * count;
         Sums found = {all(0), all(0), all(0)};
-        memset(ramps, 0, sizeof ramps);
         for (; i + LANES <= stop; i += LANES)
             store(grad + i, gradient(load(g + i), load(input + i), &s, &rise, &found, ramps));
         if (i < stop) { /* the lanes beyond have g = 0 */

@@ -22,13 +22,15 @@ SOURCE = Path(__file__).with_name("cpu.c")
 # The first that the compiler takes. OpenMP is the one torch has loaded, so `torch.set_num_threads` holds here too.
 FLAGS = (("-O3", "-march=native", "-fopenmp"), ("-O3",))
 BLOCK = 1024  # elements that have sums of their own
+LANES = 8  # elements at a time
+SIZES = (f"-DBLOCK={BLOCK}", f"-DLANES={LANES}")
 
 
 class _Spline(ctypes.Structure):
     """`Spline` of cpu.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("offsets", "input_scale", "output_scale", "stretch")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "rises", "input_scale", "output_scale", "stretch")),
         *((name, ctypes.c_float) for name in ("scaling", "k_min", "k_max")),
         *((name, ctypes.c_int) for name in ("knots", "clamps")),
     )
@@ -40,7 +42,7 @@ def library() -> ctypes.CDLL | str:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "cpu.so"
         for flags in FLAGS:
-            command = [os.environ.get("CC", "cc"), *flags, f"-DBLOCK={BLOCK}", "-shared", "-fPIC", str(SOURCE)]
+            command = [os.environ.get("CC", "cc"), *flags, *SIZES, "-shared", "-fPIC", str(SOURCE)]
             try:
                 subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, text=True)
                 return ctypes.CDLL(str(target))
@@ -102,7 +104,7 @@ class Passes:
         stretch: Tensor | None = None,
     ) -> None:
         # Kept, for only their addresses are handed on.
-        self.tensors = offsets.contiguous(), input_scale, output_scale, stretch
+        self.tensors = offsets.contiguous(), offsets.diff(), input_scale, output_scale, stretch
         self.spline = _Spline(
             *(None if tensor is None else tensor.data_ptr() for tensor in self.tensors),
             scaling,
@@ -119,8 +121,10 @@ class Passes:
 
     def backward(self, g: Tensor, x: Tensor, grad: Tensor) -> None:
         """Write the gradient of `x` to `grad`, which may be `x` itself, and add to the sums."""
-        rows = torch.empty(-(-x.numel() // BLOCK), len(self.sums), dtype=torch.float64)
-        _call("spline_backward", g, x, grad, x.numel(), self.spline, rows, self.sums)
+        blocks, width = -(-x.numel() // BLOCK), len(self.sums)
+        lanes = torch.zeros(blocks, width - 3, LANES)
+        rows = torch.empty(blocks, width, dtype=torch.float64)
+        _call("spline_backward", g, x, grad, x.numel(), self.spline, lanes, rows, self.sums)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of `offsets`, `input_scale` and `output_scale` (float32), from everything that went backward."""

@@ -18,10 +18,9 @@
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* stretch * spline(scaling * x / stretch), as Python hands it over; stretch may be NULL for 1. rises[j] is
- * offsets[j + 1] - offsets[j]. */
+/* stretch * spline(scaling * x / stretch), as Python hands it over; stretch may be NULL for 1. */
 typedef struct {
-    const float *offsets, *rises, *input_scale, *output_scale, *stretch;
+    const float *offsets, *input_scale, *output_scale, *stretch;
     float scaling, k_min, k_max;
     int knots, clamps; /* extrapolation: clamp (1) or linear (0) */
 } Spline;
@@ -101,31 +100,43 @@ INLINE Place place(Floats input, const Shape *s) {
     return a;
 }
 
-/* A number for every interval, and the first eight of them once more. */
+/* delta(p) on interval j is left[j] + (p - j) * rise[j], with left[j] = offsets[j] and the rise to offsets[j + 1].
+ * For as many intervals as there are lanes both are at hand in a register. */
 typedef struct {
-    const float *numbers;
-    Floats first;
+    const float *offsets;
+    Floats left, rise;
     int fits;
-} Table;
+} Lines;
 
-INLINE Table make_table(const float *numbers, int count) {
+INLINE Lines make_lines(const float *offsets, int count) {
     int fits = count <= LANES;
-    return (Table){numbers, load_some(numbers, fits ? count : LANES), fits};
+    Floats left = load_some(offsets, fits ? count : LANES);
+    return (Lines){offsets, left, load_some(offsets + 1, fits ? count : LANES) - left, fits};
 }
 
-INLINE Floats lookup(const Table *table, Floats j) {
+INLINE Floats left_of(const Lines *lines, Floats j) {
     Ints at = __builtin_convertvector(j, Ints);
 #ifdef __AVX2__
-    if (table->fits) return _mm256_permutevar8x32_ps(table->first, (__m256i)at);
+    if (lines->fits) return _mm256_permutevar8x32_ps(lines->left, (__m256i)at);
 #endif
     Floats found;
-    for (int lane = 0; lane < LANES; lane++) found[lane] = table->numbers[at[lane]];
+    for (int lane = 0; lane < LANES; lane++) found[lane] = lines->offsets[at[lane]];
     return found;
 }
 
-INLINE Floats value(Floats input, const Shape *s, const Table *offset, const Table *rise) {
+INLINE Floats rise_of(const Lines *lines, Floats j) {
+    Ints at = __builtin_convertvector(j, Ints);
+#ifdef __AVX2__
+    if (lines->fits) return _mm256_permutevar8x32_ps(lines->rise, (__m256i)at);
+#endif
+    Floats found;
+    for (int lane = 0; lane < LANES; lane++) found[lane] = lines->offsets[at[lane] + 1] - lines->offsets[at[lane]];
+    return found;
+}
+
+INLINE Floats value(Floats input, const Shape *s, const Lines *lines) {
     Place a = place(input, s);
-    return s->scale_out * (a.u + (lookup(offset, a.j) + (a.p - a.j) * lookup(rise, a.j)));
+    return s->scale_out * (a.u + (left_of(lines, a.j) + (a.p - a.j) * rise_of(lines, a.j)));
 }
 
 /* out = base + scale_out * phi; base may be NULL for 0. */
@@ -134,15 +145,15 @@ void spline_forward(const float *input, const float *base, float *out, long n, c
 #pragma omp parallel for schedule(static) if (n > BLOCK)
     for (long start = 0; start < n; start += BLOCK) {
         const Shape s = shape;
-        const Table offset = make_table(spline->offsets, s.last + 1), rise = make_table(spline->rises, s.last + 1);
+        const Lines lines = make_lines(spline->offsets, s.last + 1);
         long stop = n - start < BLOCK ? n : start + BLOCK, i = start;
         for (; i + LANES <= stop; i += LANES) {
-            Floats y = value(load(input + i), &s, &offset, &rise);
+            Floats y = value(load(input + i), &s, &lines);
             if (base) y += load(base + i);
             store(out + i, y);
         }
         if (i < stop) {
-            Floats y = value(load_some(input + i, stop - i), &s, &offset, &rise);
+            Floats y = value(load_some(input + i, stop - i), &s, &lines);
             if (base) y += load_some(base + i, stop - i);
             store_some(out + i, y, stop - i);
         }
@@ -154,7 +165,7 @@ typedef struct {
 } Sums;
 
 /* The gradient of the input; adds to the sums and to those of the ramps. */
-INLINE Floats gradient(Floats g, Floats input, const Shape *s, const Table *rise, Sums *sums, Floats *ramps) {
+INLINE Floats gradient(Floats g, Floats input, const Shape *s, const Lines *lines, Sums *sums, Floats *ramps) {
     Place a = place(input, s);
     for (int j = 0; j <= s->last; j++) {
         Floats ramp = a.p - (float)j;
@@ -162,7 +173,7 @@ INLINE Floats gradient(Floats g, Floats input, const Shape *s, const Table *rise
         if (j < s->last || s->clamps) ramp = at_most(all(1), ramp);
         ramps[j] += g * ramp;
     }
-    Floats slope = only(a.u == a.t, 1.0f + lookup(rise, a.j) * s->per_spacing);
+    Floats slope = only(a.u == a.t, 1.0f + rise_of(lines, a.j) * s->per_spacing);
     sums->g += g;
     sums->g_u += g * a.u;
     sums->g_slope_c += g * slope * a.c;
@@ -185,15 +196,15 @@ void spline_backward(const float *g, const float *input, float *grad, long n, co
 #pragma omp parallel for schedule(static) if (blocks > 1)
     for (long block = 0; block < blocks; block++) {
         const Shape s = shape;
-        const Table rise = make_table(spline->rises, count);
+        const Lines lines = make_lines(spline->offsets, count);
         long i = block * BLOCK, stop = n - i < BLOCK ? n : i + BLOCK;
         Floats *ramps = (Floats *)lanes + block * count;
         Sums found = {all(0), all(0), all(0)};
         for (; i + LANES <= stop; i += LANES)
-            store(grad + i, gradient(load(g + i), load(input + i), &s, &rise, &found, ramps));
+            store(grad + i, gradient(load(g + i), load(input + i), &s, &lines, &found, ramps));
         if (i < stop) { /* the lanes beyond have g = 0 */
             Floats g_rest = load_some(g + i, stop - i), rest = load_some(input + i, stop - i);
-            store_some(grad + i, gradient(g_rest, rest, &s, &rise, &found, ramps), stop - i);
+            store_some(grad + i, gradient(g_rest, rest, &s, &lines, &found, ramps), stop - i);
         }
         double *row = rows + block * width;
         for (int j = 0; j < count; j++) row[j] = total(ramps[j]);

@@ -30,10 +30,18 @@ class _Spline(ctypes.Structure):
     """`Spline` of cpu.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("offsets", "rises", "input_scale", "output_scale", "stretch")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "input_scale", "output_scale", "stretch")),
         *((name, ctypes.c_float) for name in ("scaling", "k_min", "k_max")),
         *((name, ctypes.c_int) for name in ("knots", "clamps")),
     )
+
+
+# Arguments of the functions of cpu.c: memory as addresses, counts as numbers.
+FUNCTIONS = {
+    "spline_forward": (*3 * [ctypes.c_void_p], ctypes.c_long, ctypes.c_void_p),
+    "spline_backward": (*3 * [ctypes.c_void_p], ctypes.c_long, *4 * [ctypes.c_void_p]),
+    "spline_gradients": 3 * [ctypes.c_void_p],
+}
 
 
 @cache
@@ -45,11 +53,15 @@ def library() -> ctypes.CDLL | str:
             command = [os.environ.get("CC", "cc"), *flags, *SIZES, "-shared", "-fPIC", str(SOURCE)]
             try:
                 subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, text=True)
-                return ctypes.CDLL(str(target))
+                found = ctypes.CDLL(str(target))
             except subprocess.CalledProcessError as error:
                 reason = f"{' '.join(command)} failed: {error.stderr.strip()}"
             except OSError as error:
                 reason = f"{command[0]} cannot be run: {error}"
+            else:
+                for name, arguments in FUNCTIONS.items():
+                    getattr(found, name).argtypes = arguments
+                return found
         return reason
 
 
@@ -94,6 +106,8 @@ def backward(
 class Passes:
     """The functions of cpu.c for `stretch · spline(scaling · x / stretch)`, on contiguous float32 tensors."""
 
+    # Small layers pay for every line here as much as for their elements.
+
     def __init__(
         self,
         offsets: Tensor,
@@ -104,44 +118,42 @@ class Passes:
         stretch: Tensor | None = None,
     ) -> None:
         # Kept, for only their addresses are handed on.
-        self.tensors = offsets.contiguous(), offsets.diff(), input_scale, output_scale, stretch
+        self.tensors = offsets.contiguous(), input_scale, output_scale, stretch
+        self.knots = offsets.numel()
         self.spline = _Spline(
-            *(None if tensor is None else tensor.data_ptr() for tensor in self.tensors),
+            *map(_address, self.tensors),
             scaling,
             grid.k_min,
             grid.k_max,
-            len(offsets),
+            self.knots,
             grid.extrapolation == "clamp",
         )
-        self.sums = torch.zeros(len(offsets) + 2, dtype=torch.float64)
+        self.shape = ctypes.byref(self.spline)
+        self.sums = torch.zeros(self.knots + 2, dtype=torch.float64)
 
     def forward(self, x: Tensor, base: Tensor | None, out: Tensor) -> None:
         """Write `base + stretch · spline(scaling · x / stretch)` to `out`."""
-        _call("spline_forward", x, base, out, x.numel(), self.spline)
+        _library().spline_forward(x.data_ptr(), _address(base), out.data_ptr(), x.numel(), self.shape)
 
     def backward(self, g: Tensor, x: Tensor, grad: Tensor) -> None:
         """Write the gradient of `x` to `grad`, which may be `x` itself, and add to the sums."""
-        blocks, width = -(-x.numel() // BLOCK), len(self.sums)
-        lanes = torch.zeros(blocks, width - 3, LANES)
-        rows = torch.empty(blocks, width, dtype=torch.float64)
-        _call("spline_backward", g, x, grad, x.numel(), self.spline, lanes, rows, self.sums)
+        blocks = -(-x.numel() // BLOCK)
+        lanes = torch.zeros(blocks, self.knots - 1, LANES)
+        rows = torch.empty(blocks, self.knots + 2, dtype=torch.float64)
+        memory = lanes.data_ptr(), rows.data_ptr(), self.sums.data_ptr()
+        _library().spline_backward(g.data_ptr(), x.data_ptr(), grad.data_ptr(), x.numel(), self.shape, *memory)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of `offsets`, `input_scale` and `output_scale` (float32), from everything that went backward."""
-        found = torch.empty(len(self.sums))
-        _call("spline_gradients", self.spline, self.sums, found)
-        offsets, input_scale, output_scale = found.split([len(self.sums) - 2, 1, 1])
-        return offsets, input_scale, output_scale
+        found = torch.empty(self.knots + 2)
+        _library().spline_gradients(self.shape, self.sums.data_ptr(), found.data_ptr())
+        return found[: self.knots], found[self.knots : -1], found[-1:]
 
 
-def _call(name: str, *arguments: Tensor | int | _Spline | None) -> None:
-    """Call a function of the library: tensors as pointers (None: NULL), numbers as `long`, the spline by reference."""
-    getattr(library(), name)(*map(_passed, arguments))
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
-def _passed(argument: Tensor | int | _Spline | None) -> Any:
-    if argument is None:
-        return None
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_long(argument) if isinstance(argument, int) else ctypes.byref(argument)
+def _library() -> Any:
+    """The compiled functions, where `why_not` has found nothing against them."""
+    return library()

@@ -25,10 +25,10 @@ def forward(
     grid: reference.Grid,
 ) -> Tensor:
     """As `lslora.ops.update.update`, with `result` (N, out) and `h` (N, r) float32."""
-    base, out = result.contiguous(), torch.empty_like(result, memory_format=torch.contiguous_format)
+    out = torch.empty_like(result, memory_format=torch.contiguous_format)
     passes = Passes(offsets, input_scale, output_scale, grid, scaling, stretch)
-    for rows, z in _chunks(h, weight):
-        passes.forward(z, base[rows], out[rows])
+    for some_h, base, some_out in _chunks(weight, h, result.contiguous(), out):
+        passes.forward(torch.mm(some_h, weight.T), base, some_out)
     return out
 
 
@@ -44,20 +44,17 @@ def backward(
     grid: reference.Grid,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `h`, `weight`, `offsets`, `input_scale` and `output_scale`, all float32."""
-    g = grad_output.contiguous()
     grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
     passes = Passes(offsets, input_scale, output_scale, grid, scaling, stretch)
-    for rows, z in _chunks(h, weight):
-        passes.backward(g[rows], z, z)
-        torch.mm(z, weight, out=grad_h[rows])
-        grad_weight.addmm_(z.T, h[rows])
+    for some_h, g, some_grad_h in _chunks(weight, h, grad_output.contiguous(), grad_h):
+        z = torch.mm(some_h, weight.T)
+        passes.backward(g, z, z)
+        torch.mm(z, weight, out=some_grad_h)
+        grad_weight.addmm_(z.T, some_h)
     return grad_h, grad_weight, *passes.gradients()
 
 
-def _chunks(h: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows and their `h weightᵀ`, which the next one overwrites."""
-    count = max(1, CHUNK // max(1, len(weight)))
-    buffer = h.new_empty(min(count, len(h)), len(weight))
-    for start in range(0, len(h), count):
-        rows = slice(start, min(start + count, len(h)))
-        yield rows, torch.mm(h[rows], weight.T, out=buffer[: rows.stop - start])
+def _chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Equal parts of the rows of all the tensors, of at most `CHUNK` elements of h Bᵀ, but at least one row."""
+    count = -(-tensors[0].shape[0] * weight.shape[0] // CHUNK)
+    return zip(*(tensor.chunk(max(1, count)) for tensor in tensors), strict=True)

@@ -28,13 +28,13 @@ typedef struct {
 /* The same with everything that is constant multiplied out. */
 typedef struct {
     float factor, k_min, k_max, per_spacing, scale_in, scale_out;
-    int last; /* index of the last interval, K - 2 */
+    int count; /* of intervals, K - 1 */
     int clamps;
 } Shape;
 
 typedef struct {
     Floats z, c, t, u, p; /* input, clamped input, scaled, clamped once more, position */
-    Floats j;             /* interval */
+    Ints j;               /* interval */
 } Place;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -59,7 +59,7 @@ INLINE Floats load_some(const float *from, long count) {
 
 INLINE void store_some(float *to, Floats x, long count) { memcpy(to, &x, count * sizeof *to); }
 
-/* Both of them give x where it is NaN. */
+/* Both of them give x where one of the two is NaN. */
 INLINE Floats at_least(Floats low, Floats x) {
 #ifdef __AVX2__
     return _mm256_max_ps(low, x);
@@ -84,7 +84,7 @@ static Shape shape_of(const Spline *spline) {
     float stretch = stretch_of(spline), per_spacing = (spline->knots - 1) / (spline->k_max - spline->k_min);
     return (Shape){
         spline->scaling / stretch, spline->k_min,          spline->k_max, per_spacing, *spline->input_scale,
-        *spline->output_scale * stretch, spline->knots - 2, spline->clamps};
+        *spline->output_scale * stretch, spline->knots - 1, spline->clamps};
 }
 
 INLINE Place place(Floats input, const Shape *s) {
@@ -94,9 +94,8 @@ INLINE Place place(Floats input, const Shape *s) {
     a.t = s->scale_in * a.c;
     a.u = s->clamps ? clamp(a.t, s->k_min, s->k_max) : a.t;
     a.p = (a.u - s->k_min) * s->per_spacing;
-    Floats last = all((float)s->last);
-    Floats reached = only(a.p > 0.0f, a.p); /* of a NaN the first interval; it lives on in p */
-    a.j = __builtin_convertvector(__builtin_convertvector(pick(reached < last, reached, last), Ints), Floats);
+    Floats reached = at_least(a.p, all(0)); /* of a NaN the first interval; it lives on in p */
+    a.j = __builtin_convertvector(at_most(all((float)(s->count - 1)), reached), Ints);
     return a;
 }
 
@@ -114,49 +113,68 @@ INLINE Lines make_lines(const float *offsets, int count) {
     return (Lines){offsets, left, load_some(offsets + 1, fits ? count : LANES) - left, fits};
 }
 
-INLINE Floats left_of(const Lines *lines, Floats j) {
-    Ints at = __builtin_convertvector(j, Ints);
+INLINE Floats left_of(const Lines *lines, Ints j) {
 #ifdef __AVX2__
-    if (lines->fits) return _mm256_permutevar8x32_ps(lines->left, (__m256i)at);
+    if (lines->fits) return _mm256_permutevar8x32_ps(lines->left, (__m256i)j);
 #endif
     Floats found;
-    for (int lane = 0; lane < LANES; lane++) found[lane] = lines->offsets[at[lane]];
+    for (int lane = 0; lane < LANES; lane++) found[lane] = lines->offsets[j[lane]];
     return found;
 }
 
-INLINE Floats rise_of(const Lines *lines, Floats j) {
-    Ints at = __builtin_convertvector(j, Ints);
+INLINE Floats rise_of(const Lines *lines, Ints j) {
 #ifdef __AVX2__
-    if (lines->fits) return _mm256_permutevar8x32_ps(lines->rise, (__m256i)at);
+    if (lines->fits) return _mm256_permutevar8x32_ps(lines->rise, (__m256i)j);
 #endif
     Floats found;
-    for (int lane = 0; lane < LANES; lane++) found[lane] = lines->offsets[at[lane] + 1] - lines->offsets[at[lane]];
+    for (int lane = 0; lane < LANES; lane++) found[lane] = lines->offsets[j[lane] + 1] - lines->offsets[j[lane]];
     return found;
 }
+
+/* The compiler makes a loop of its own for a spline of which it knows this much. */
+INLINE Shape known(Shape s, int count, int clamps) {
+    s.count = count;
+    s.clamps = clamps;
+    return s;
+}
+
+/* Call FUNCTION(…, s) as one of the three loops that it is compiled to: one for the default number of intervals and
+ * extrapolation, one for those recommended (what is summed up for every interval stays in registers), one for all. */
+#define CALL(FUNCTION, s, ...)                                                         \
+    do {                                                                               \
+        if ((s).count == 4 && (s).clamps) FUNCTION(__VA_ARGS__, known(s, 4, 1));       \
+        else if ((s).count == 8 && !(s).clamps) FUNCTION(__VA_ARGS__, known(s, 8, 0)); \
+        else FUNCTION(__VA_ARGS__, s);                                                 \
+    } while (0)
 
 INLINE Floats value(Floats input, const Shape *s, const Lines *lines) {
     Place a = place(input, s);
-    return s->scale_out * (a.u + (left_of(lines, a.j) + (a.p - a.j) * rise_of(lines, a.j)));
+    Floats within = a.p - __builtin_convertvector(a.j, Floats);
+    return s->scale_out * (a.u + (left_of(lines, a.j) + within * rise_of(lines, a.j)));
+}
+
+INLINE void forward_block(const float *input, const float *base, float *out, long n, const float *offsets, Shape s) {
+    const Lines lines = make_lines(offsets, s.count);
+    long i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        Floats y = value(load(input + i), &s, &lines);
+        if (base) y += load(base + i);
+        store(out + i, y);
+    }
+    if (i < n) {
+        Floats y = value(load_some(input + i, n - i), &s, &lines);
+        if (base) y += load_some(base + i, n - i);
+        store_some(out + i, y, n - i);
+    }
 }
 
 /* out = base + scale_out * phi; base may be NULL for 0. */
 void spline_forward(const float *input, const float *base, float *out, long n, const Spline *spline) {
-    const Shape shape = shape_of(spline);
+    const Shape s = shape_of(spline);
 #pragma omp parallel for schedule(static) if (n > BLOCK)
-    for (long start = 0; start < n; start += BLOCK) {
-        const Shape s = shape;
-        const Lines lines = make_lines(spline->offsets, s.last + 1);
-        long stop = n - start < BLOCK ? n : start + BLOCK, i = start;
-        for (; i + LANES <= stop; i += LANES) {
-            Floats y = value(load(input + i), &s, &lines);
-            if (base) y += load(base + i);
-            store(out + i, y);
-        }
-        if (i < stop) {
-            Floats y = value(load_some(input + i, stop - i), &s, &lines);
-            if (base) y += load_some(base + i, stop - i);
-            store_some(out + i, y, stop - i);
-        }
+    for (long i = 0; i < n; i += BLOCK) {
+        const float *of_base = base ? base + i : NULL;
+        CALL(forward_block, s, input + i, of_base, out + i, n - i < BLOCK ? n - i : BLOCK, spline->offsets);
     }
 }
 
@@ -167,17 +185,18 @@ typedef struct {
 /* The gradient of the input; adds to the sums and to those of the ramps. */
 INLINE Floats gradient(Floats g, Floats input, const Shape *s, const Lines *lines, Sums *sums, Floats *ramps) {
     Place a = place(input, s);
-    for (int j = 0; j <= s->last; j++) {
-        Floats ramp = a.p - (float)j;
-        if (j > 0 || s->clamps) ramp = at_least(all(0), ramp);
-        if (j < s->last || s->clamps) ramp = at_most(all(1), ramp);
-        ramps[j] += g * ramp;
+#pragma GCC unroll 8
+    for (int j = 0; j < s->count; j++) {
+        Floats ramp = j > 0 ? at_least(all(0), a.p - (float)j) : a.p;
+        ramps[j] += g * (j < s->count - 1 ? at_most(all(1), ramp) : ramp);
     }
-    Floats slope = only(a.u == a.t, 1.0f + rise_of(lines, a.j) * s->per_spacing);
+    Floats g_t = g * (1.0f + rise_of(lines, a.j) * s->per_spacing);
+    if (s->clamps) g_t = only(a.u == a.t, g_t);
     sums->g += g;
     sums->g_u += g * a.u;
-    sums->g_slope_c += g * slope * a.c;
-    return only(a.c == a.z, g * slope * (s->scale_in * s->scale_out * s->factor));
+    sums->g_slope_c += g_t * a.c;
+    Floats g_input = g_t * (s->scale_in * s->scale_out * s->factor);
+    return s->clamps ? only(a.c == a.z, g_input) : g_input;
 }
 
 INLINE double total(Floats x) {
@@ -186,31 +205,38 @@ INLINE double total(Floats x) {
     return sum;
 }
 
-/* Adds to sums those of g * ramp_j (K - 1 numbers), g, g * u and g * slope * c. For every block, rows is room for as
- * many numbers, and lanes for K - 1 times LANES, all zero. grad may be the same memory as input. */
-void spline_backward(const float *g, const float *input, float *grad, long n, const Spline *spline, float *lanes,
+/* row: sums of g * ramp_j (K - 1 numbers), g, g * u and g * slope * c. more: room for LANES numbers an interval. */
+INLINE void backward_block(const float *g, const float *input, float *grad, long n, const float *offsets, double *row,
+                           float *more, Shape s) {
+    const Lines lines = make_lines(offsets, s.count);
+    Floats in_registers[LANES], *ramps = s.count <= LANES ? in_registers : (Floats *)more;
+    for (int j = 0; j < s.count; j++) ramps[j] = all(0);
+    Sums sums = {all(0), all(0), all(0)};
+    long i = 0;
+    for (; i + LANES <= n; i += LANES)
+        store(grad + i, gradient(load(g + i), load(input + i), &s, &lines, &sums, ramps));
+    if (i < n) { /* the lanes beyond have g = 0 */
+        Floats g_rest = load_some(g + i, n - i), rest = load_some(input + i, n - i);
+        store_some(grad + i, gradient(g_rest, rest, &s, &lines, &sums, ramps), n - i);
+    }
+    for (int j = 0; j < s.count; j++) row[j] = total(ramps[j]);
+    row[s.count] = total(sums.g);
+    row[s.count + 1] = total(sums.g_u);
+    row[s.count + 2] = total(sums.g_slope_c);
+}
+
+/* Adds to sums those of a block (see there) over all blocks. For every block, rows is room for its row and more for
+ * LANES numbers an interval. grad may be the same memory as input. */
+void spline_backward(const float *g, const float *input, float *grad, long n, const Spline *spline, float *more,
                      double *rows, double *sums) {
-    const Shape shape = shape_of(spline);
-    const int count = shape.last + 1, width = count + 3;
+    const Shape s = shape_of(spline);
+    const int width = s.count + 3;
     const long blocks = (n + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) if (blocks > 1)
     for (long block = 0; block < blocks; block++) {
-        const Shape s = shape;
-        const Lines lines = make_lines(spline->offsets, count);
-        long i = block * BLOCK, stop = n - i < BLOCK ? n : i + BLOCK;
-        Floats *ramps = (Floats *)lanes + block * count;
-        Sums found = {all(0), all(0), all(0)};
-        for (; i + LANES <= stop; i += LANES)
-            store(grad + i, gradient(load(g + i), load(input + i), &s, &lines, &found, ramps));
-        if (i < stop) { /* the lanes beyond have g = 0 */
-            Floats g_rest = load_some(g + i, stop - i), rest = load_some(input + i, stop - i);
-            store_some(grad + i, gradient(g_rest, rest, &s, &lines, &found, ramps), stop - i);
-        }
-        double *row = rows + block * width;
-        for (int j = 0; j < count; j++) row[j] = total(ramps[j]);
-        row[count] = total(found.g);
-        row[count + 1] = total(found.g_u);
-        row[count + 2] = total(found.g_slope_c);
+        long i = block * BLOCK;
+        CALL(backward_block, s, g + i, input + i, grad + i, n - i < BLOCK ? n - i : BLOCK, spline->offsets,
+             rows + block * width, more + block * s.count * LANES);
     }
     for (long block = 0; block < blocks; block++)
         for (int k = 0; k < width; k++) sums[k] += rows[block * width + k];

@@ -138,9 +138,9 @@ class Passes:
     def backward(self, g: Tensor, x: Tensor, grad: Tensor) -> None:
         """Write the gradient of `x` to `grad`, which may be `x` itself, and add to the sums."""
         blocks = -(-x.numel() // BLOCK)
-        lanes = torch.zeros(blocks, self.knots - 1, LANES)
+        more = torch.empty(blocks, self.knots - 1, LANES)
         rows = torch.empty(blocks, self.knots + 2, dtype=torch.float64)
-        memory = lanes.data_ptr(), rows.data_ptr(), self.sums.data_ptr()
+        memory = more.data_ptr(), rows.data_ptr(), self.sums.data_ptr()
         _library().spline_backward(g.data_ptr(), x.data_ptr(), grad.data_ptr(), x.numel(), self.shape, *memory)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,4 +57,6 @@ def backward(
 def _chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Equal parts of the rows of all the tensors, of at most `CHUNK` elements of h Bᵀ, but at least one row."""
     count = -(-tensors[0].shape[0] * weight.shape[0] // CHUNK)
-    return zip(*(tensor.chunk(max(1, count)) for tensor in tensors), strict=True)
+    if count <= 1:
+        return iter([tensors])
+    return zip(*(tensor.chunk(count) for tensor in tensors), strict=True)

@@ -159,7 +159,7 @@ class Spline(nn.Module):
             h,
             weight,
             *self._trained(),
-            stretch=torch.ones_like(self.input_scale) if self.grid_scale is None else self.grid_scale,
+            stretch=self.weight.new_ones(1) if self.grid_scale is None else self.grid_scale,
             scaling=scaling,
             k_min=self.k_min,
             k_max=self.k_max,

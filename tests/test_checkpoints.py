@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -176,3 +177,12 @@ def test_an_adapter_whose_name_begins_like_anothers_loads_alone(base):
     model = get_peft_model(nn.Sequential(base()), LSLoraConfig(target_modules=["0"]), adapter_name="a")
     model.add_adapter("ab", LSLoraConfig(target_modules=["0"]))
     set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="ab"), adapter_name="ab")
+
+
+def test_saving_pieces_for_the_whole_warns(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path / "whole")
+    b = model.base_model.model.model.layers[0].mlp.down_proj.lora_B["default"].weight
+    b.data = b.data.flatten()[:5]
+    with pytest.warns(PeftWarning, match="1 LoRA tensor.*lora_B.*shards"):
+        model.save_pretrained(tmp_path / "piece")

@@ -1,7 +1,8 @@
 """The pytest plugin of one run over peft's tests: chooses those about a configuration class and records how they end.
 
-Reads from the environment: `SUITE_CLASS`, the name of the class (`LoraConfig` or `LSLoraConfig`), and `SUITE_OUT`, the
-JSON file written at the end: test → [outcome, last line of the error].
+Reads from the environment: `SUITE_CLASS`, the name of the class (`LoraConfig` or `LSLoraConfig`), `SUITE_ONLY`, a JSON
+file with the names of the tests to run or null for all, and `SUITE_OUT`, the JSON file written at the end: test →
+[outcome, last line of the error].
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pytest
 import lslora
 
 NAME = os.environ["SUITE_CLASS"]
+ONLY = json.loads(Path(os.environ["SUITE_ONLY"]).read_text(encoding="utf-8"))
 RANK = {"passed": 0, "skipped": 1, "failed": 2}
 found: dict[str, list[str]] = {}
 
@@ -37,7 +39,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen = [item for item in items if is_about_the_class(item)]
+    wanted = None if ONLY is None else set(ONLY)
+    chosen = [item for item in items if (is_about_the_class(item) if wanted is None else item.nodeid in wanted)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 

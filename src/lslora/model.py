@@ -6,7 +6,8 @@ from typing import Any, NoReturn
 
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from peft.utils.save_and_load import _validate_lora_adapter_state_dict
+from torch import Tensor, nn
 
 from .config import LSLoraConfig
 from .layer import LSLoraLayer, adopt
@@ -39,6 +40,13 @@ class LSLoraModel(LoraModel):
         module.lora_variant[adapter_name].init(module, adapter_name=adapter_name, config=lora_config)
         module.set_adapter(module.active_adapters, inference_mode=lora_config.inference_mode)
         return module
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, adapter_name: str, **kwargs: Any) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(*args, adapter_name=adapter_name, **kwargs)
+        # A warning where a sharding engine's pieces would be saved for the whole; peft has it for LORA by name.
+        _validate_lora_adapter_state_dict(found, adapter_name)
+        return found
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise ValueError: a weighted sum of nonlinear updates is no LS-LoRA update."""

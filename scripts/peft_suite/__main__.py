@@ -36,10 +36,15 @@ REFUSALS = (
     "which LS-LoRA does not support",
     "eva_config needs init_lora_weights='eva'",
     "megatron_config is not supported",
+    # peft's own, where it asks for plain LoRA by name
+    "Cannot combine adapters with different peft types. Found PeftType.LSLORA",
+    "Adapter of type PeftType.LSLORA is not supported for mixed models",
+    "The provided model is not using LoRA",
 )
 # What only plain LoRA itself can pass: part of the test's name, part of the error, and why.
 DIFFERENCES = (
     ("test_adapter_dtype_autocast", "assert False", "splines stay in float32, even with autocast_adapter_dtype=False"),
+    ("no_autocast_adapter_dtype", "AssertionError", "splines stay in float32, even with autocast_adapter_dtype=False"),
     (
         "test_only_params_are_updated",
         "assert not True",
@@ -47,11 +52,16 @@ DIFFERENCES = (
     ),
     ("TestRequiresGrad", "lora_spline", "it lists all trainable parameters by name"),
     ("TestTunerStateDictKeyPrefixes", "lora_spline", "it lists all saved tensors by name"),
+    ("test_lora_plus_embedding_lr", "lora_spline", "it lists all trainable parameters by name"),
     ("TestModelAndLayerStatus", "LSLora", "it names plain LoRA's classes"),
     ("TestModelAndLayerStatus", "LSLORA", "it names plain LoRA's peft_type"),
     ("TestModelAndLayerStatus", "_params=", "it counts plain LoRA's parameters"),
     ("_raises", "lslora.layer.LSLora", "its message names plain LoRA's layer"),
     ("TestHotSwapping", "LSLORA", "its message names plain LoRA's peft_type"),
+    ("TestLoraConversion", "isinstance(LoraConfig(", "what it converts to is plain LoRA, as it should be"),
+    ("test_converted_lora_to_lora", "DID NOT WARN", "only linear updates can be converted: refused"),
+    ("tie_word_embeddings_config", "Setting.*tie_word_embeddings", "it merges: refused before it warns"),
+    ("TestXlora", "Got unexpected keys", "X-LoRA loads adapters of plain LoRA alone, and says so"),
     ("eva_config_but_not_eva_init", "DID NOT WARN", "refused with an error, where plain LoRA warns and ignores it"),
 )
 

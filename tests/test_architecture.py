@@ -32,6 +32,7 @@ ALLOWED = {
     "training": {"calibration", "diagnostics", "layer", "spline"},
     "evaluation": {"data", "scoring"},
     "card": {"embedded", "scoring"},
+    "export": {"config", "layer", "placement"},
 }
 
 

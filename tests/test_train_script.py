@@ -21,6 +21,7 @@ from lslora.training import RECOMMENDED_LR_RATIO
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import export_lslora  # noqa: E402
 import train_lslora  # noqa: E402
 
 ROWS = [
@@ -263,3 +264,20 @@ def test_two_processes_train_as_one_does_and_one_goes_on(tiny, tmp_path):
     two, one = (launch(1, tiny, tmp_path / count, "--max_steps", 6, "--resume") for count in "21")
     assert len(two) == 6
     assert two == [pytest.approx(entry, rel=1e-4) for entry in one]
+
+
+def test_what_it_saves_is_exported_as_plain_lora(tiny, tmp_path, capsys):
+    assert run(tiny, tmp_path / "trained") == 0
+    data = tiny / "train.jsonl"
+    arguments = ["--adapter", tmp_path / "trained", "--dataset", data, "--output", tmp_path / "plain"]
+    assert export_lslora.main([str(a) for a in (*arguments, "--tolerance", 0)]) == 2
+    assert "error: the linear updates must be within 0 of the trained ones" in capsys.readouterr().err
+    assert not (tmp_path / "plain").exists()
+    assert export_lslora.main([str(a) for a in (*arguments, "--tolerance", 1, "--eval_dataset", data)]) == 0
+    assert "over 14 layers" in capsys.readouterr().out
+    results = json.loads((tmp_path / "plain" / "export.json").read_text())
+    assert len(results["errors"]) == 14 and all(0 <= error < 1 for error in results["errors"].values())
+    assert results["comparison"]["n"] == len(ROWS)
+    plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert plain.peft_config["default"].peft_type == "LORA"
+    assert any(parameter.abs().max() > 0 for name, parameter in plain.named_parameters() if "lora_B" in name)

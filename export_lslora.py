@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""Turn a trained LS-LoRA adapter into a plain LoRA adapter, for servers that know no spline.
+
+Every layer's update is replaced by the linear one that is nearest over the rows of --dataset (`lslora.export`). How
+near that is, and with --eval_dataset what it costs in answers, is printed and kept in OUTPUT/export.json. Where the
+error of a layer is above --tolerance nothing is written. The result loads with peft alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+
+from eval_lslora import ADAPTER_FILES, load_model, positive, write_whole
+from lslora.data import Row, load_rows, to_prompt_completion
+from lslora.evaluation import evaluate
+from lslora.export import export_lora, observe_updates
+from lslora.scoring import compare, format_comparison, format_table, summarize
+
+WORST = 5  # layers shown
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Export the adapter; 0 when it is written, 2 when it cannot be."""
+    args = parse_arguments(arguments)
+    try:
+        base = base_name(args)
+        rows = load_rows(args.dataset)[: args.rows]
+        eval_rows = load_rows(args.eval_dataset) if args.eval_dataset else []
+        results = export(args, base, rows, eval_rows)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    write_whole(args.output / "export.json", json.dumps(results, ensure_ascii=False, indent=1))
+    report(results)
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the trained LS-LoRA adapter")
+    parser.add_argument("--dataset", type=Path, required=True, metavar="FILE", help="rows to fit on (JSON or JSONL)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the plain adapter goes")
+    parser.add_argument("--model_name", metavar="NAME", help="base model; by default the one the adapter names")
+    parser.add_argument("--rows", type=positive, default=200, metavar="N", help="how many rows to fit on, at most")
+    parser.add_argument("--rank", type=positive, metavar="R", help="of the plain adapter; by default the same")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="largest relative error of a layer's update")
+    parser.add_argument("--eval_dataset", type=Path, metavar="FILE", help="rows to answer before and after")
+    return parser.parse_args(arguments)
+
+
+def base_name(args: argparse.Namespace) -> str:
+    config = args.adapter / ADAPTER_FILES[0]
+    if not config.is_file():
+        raise ValueError(f"--adapter must be a folder with {ADAPTER_FILES[0]}, got {args.adapter}")
+    name = args.model_name or json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{args.adapter} does not name its base model: give it with --model_name")
+    return str(name)
+
+
+def export(args: argparse.Namespace, base: str, rows: list[Row], eval_rows: list[Row]) -> dict[str, Any]:
+    """Write the adapter; what `export.json` holds."""
+    model, tokenizer = load_model(base, args.adapter, "auto")
+    model.eval()
+    with observe_updates(model, rank=args.rank) as moments, torch.inference_mode():
+        for row in tqdm(rows, desc="Calibrating", unit="row"):
+            text = "".join(to_prompt_completion(row).values())
+            model(input_ids=tokenizer(text, return_tensors="pt").input_ids.to(model.device))
+    errors = export_lora(model, moments, args.output, rank=args.rank, tolerance=args.tolerance)
+    results: dict[str, Any] = {
+        "adapter": str(args.adapter),
+        "base": base,
+        "calibration": {"dataset": str(args.dataset), "rows": len(rows)},
+        "tolerance": args.tolerance,
+        "errors": errors,
+    }
+    if eval_rows:
+        before = answers(model, tokenizer, eval_rows, "LS-LoRA")
+        plain = PeftModel.from_pretrained(model.unload(), args.output).eval()
+        after = answers(plain, tokenizer, eval_rows, "plain LoRA")
+        results["evaluation"] = {"lslora": summarize(before), "plain": summarize(after)}
+        results["comparison"] = compare(before, after)
+    return results
+
+
+def answers(model: Any, tokenizer: Any, rows: list[Row], name: str) -> Any:
+    with tqdm(total=len(rows), desc=f"Answering ({name})", unit="row") as bar:
+        return evaluate(model, tokenizer, rows, on_prediction=lambda _: bar.update())
+
+
+def report(results: dict[str, Any]) -> None:
+    errors = results["errors"]
+    total = math.sqrt(math.fsum(error**2 for error in errors.values()) / len(errors))
+    print(f"\nRelative error of the linear updates: {total:.4f} over {len(errors)} layers; the largest")
+    for name in sorted(errors, key=errors.__getitem__, reverse=True)[:WORST]:
+        print(f"  {errors[name]:.4f}  {name.removeprefix('base_model.model.')}")
+    if "evaluation" in results:
+        print("\nAccuracy in per cent, with 95 % intervals\n")
+        print(format_table(results["evaluation"]))
+        print("\nPlain minus LS-LoRA in percentage points, paired, with 95 % intervals\n")
+        print(format_comparison(results["comparison"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,6 +36,7 @@ REFUSALS = (
     "which LS-LoRA does not support",
     "eva_config needs init_lora_weights='eva'",
     "megatron_config is not supported",
+    "LoRA-FA needs an update linear in B",
     # peft's own, where it asks for plain LoRA by name
     "Cannot combine adapters with different peft types. Found PeftType.LSLORA",
     "Adapter of type PeftType.LSLORA is not supported for mixed models",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
 
 import torch
+from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
@@ -45,10 +46,15 @@ def add_gradients(optimizer: Optimizer, args: Any = None, kwargs: Any = None) ->
 
     On a stretched grid (`calibration_steps`) heights are `σ v_i`, so the gradient has a factor of σ². Knots without a
     gradient (frozen, or not used since the last step) are left alone.
+
+    Raises:
+        ValueError: the optimizer is peft's LoRA-FA, which can step no spline.
     """
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for spline in _splines:
         weight = spline.weight
+        if isinstance(optimizer, LoraFAOptimizer) and id(weight) in stepped:
+            raise ValueError("LoRA-FA needs an update linear in B and takes a spline's heights for an A or a B")
         if not spline.spline_reg_weight or spline.micro_batches is not None:
             continue
         if weight.grad is not None and id(weight) in stepped:

@@ -87,26 +87,32 @@ def positive(text: str) -> int:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the predictions depend on."""
-    base_name = None
-    if args.adapter:
-        config = args.adapter / ADAPTER_FILES[0]
-        if not config.is_file():
-            raise ValueError(f"--adapter must be a folder with {ADAPTER_FILES[0]}, got {args.adapter}")
-        try:
-            base_name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{config}: must be JSON: {error}") from error
-    if not (args.model_name or base_name):
-        raise ValueError(f"{args.adapter} does not name its base model: give it with --model_name")
+    model_name = base_name(args.adapter, args.model_name)
     weights = [path for name in ADAPTER_FILES if args.adapter and (path := args.adapter / name).is_file()]
     return {
-        "model_name": args.model_name or base_name,
+        "model_name": model_name,
         "adapter": str(args.adapter) if args.adapter else None,
         "adapter_sha256": sha256(weights) if args.adapter else None,
         "datasets": [{"path": str(path), "sha256": sha256([path])} for path in args.dataset],
         **{name: getattr(args, name) for name in ("base", "scorer", "batch_size", "max_new_tokens")},
         **{name: getattr(args, name) for name in ("limit", "seed", "dtype")},
     }
+
+
+def base_name(adapter: Path | None, given: str | None) -> str:
+    """The base model that was given, or else the one that the adapter names; ValueError without a usable adapter."""
+    named = None
+    if adapter:
+        config = adapter / ADAPTER_FILES[0]
+        if not config.is_file():
+            raise ValueError(f"--adapter must be a folder with {ADAPTER_FILES[0]}, got {adapter}")
+        try:
+            named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{config}: must be JSON: {error}") from error
+    if not (given or named):
+        raise ValueError(f"{adapter} does not name its base model: give it with --model_name")
+    return str(given or named)
 
 
 def sha256(paths: list[Path]) -> str:

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from eval_lslora import ADAPTER_FILES, load_model, positive, write_whole
+from eval_lslora import base_name, load_model, positive, write_whole
 from lslora.data import Row, load_rows, to_prompt_completion
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Export the adapter; 0 when it is written, 2 when it cannot be."""
     args = parse_arguments(arguments)
     try:
-        base = base_name(args)
+        base = base_name(args.adapter, args.model_name)
         rows = load_rows(args.dataset)[: args.rows]
         eval_rows = load_rows(args.eval_dataset) if args.eval_dataset else []
         results = export(args, base, rows, eval_rows)
@@ -55,16 +55,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=0.1, help="largest relative error of a layer's update")
     parser.add_argument("--eval_dataset", type=Path, metavar="FILE", help="rows to answer before and after")
     return parser.parse_args(arguments)
-
-
-def base_name(args: argparse.Namespace) -> str:
-    config = args.adapter / ADAPTER_FILES[0]
-    if not config.is_file():
-        raise ValueError(f"--adapter must be a folder with {ADAPTER_FILES[0]}, got {args.adapter}")
-    name = args.model_name or json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
-        raise ValueError(f"{args.adapter} does not name its base model: give it with --model_name")
-    return str(name)
 
 
 def export(args: argparse.Namespace, base: str, rows: list[Row], eval_rows: list[Row]) -> dict[str, Any]:

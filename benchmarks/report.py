@@ -39,16 +39,22 @@ class Difference(NamedTuple):
 
 
 def report(records: list[Record], baseline: str = "lora") -> None:
-    """Print the tables."""
+    """Print the tables.
+
+    Raises:
+        ValueError: `baseline` is no method of the records.
+    """
     console = Console(width=140)
     cells = group(records)
+    if baseline not in (methods := {name for _, name in cells}):
+        raise ValueError(f"the baseline must be one of {sorted(methods)}, got {baseline!r}")
     for metric in metrics_of(records):
         console.print(rate_table(cells, metric))
         console.print(difference_table(cells, metric, baseline))
     console.print(spline_table(cells))
 
 
-def draw(records: list[Record], folder: Path, baseline: str = "lora") -> None:
+def draw(records: list[Record], folder: Path) -> None:
     """Save `learning_rates.png`, `differences.png`, `learning_curves.png` and the `splines_*.png`."""
     cells = group(records)
     for (r, name), cell in cells.items():
@@ -56,7 +62,7 @@ def draw(records: list[Record], folder: Path, baseline: str = "lora") -> None:
         if "splines" in record:
             plot_splines(record["splines"], folder / f"splines_{name}_r{r}.png")
     plot_rates(cells, folder / "learning_rates.png")
-    plot_differences(cells, metrics_of(records), baseline, folder / "differences.png")
+    plot_differences(cells, metrics_of(records), "lora", folder / "differences.png")
     plot_curves(cells, folder / "learning_curves.png")
 
 

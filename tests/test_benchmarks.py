@@ -327,6 +327,15 @@ def test_a_report_is_printed_and_drawn(tmp_path, capsys):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_any_method_can_be_the_baseline(capsys):
+    records = [record(n, 1e-3, s, x + 0.01 * s) for n, x in (("lora", 0.4), ("o", 0.3), ("p", 0.6)) for s in (0, 1)]
+    report.report(records, baseline="p")
+    shown = capsys.readouterr().out
+    assert "minus p" in shown and "-0.2000" in shown and "-0.3000" in shown and "-0.1000" not in shown
+    with pytest.raises(ValueError, match=r"one of \['lora', 'o', 'p'\], got 'q'"):
+        report.report(records, baseline="q")
+
+
 def test_a_report_of_a_part_leaves_the_pictures_alone(plan, tmp_path, capsys):
     _, runs = quality.read_plan(plan)
     folder = tmp_path / plan.stem

@@ -23,10 +23,11 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lslora.answers import SCORERS
 from lslora.data import Row, load_rows
 from lslora.embedded import resolve_model_name
 from lslora.evaluation import evaluate, row_scorers
-from lslora.scoring import SCORERS, Prediction, compare, format_comparison, format_table, summarize
+from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
 
 ADAPTER, BASE = "adapter", "base"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -60,6 +61,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model_name", metavar="NAME", help="base model; by default the one the adapter names")
     parser.add_argument("--base", action="store_true", help="measure the base as well and compare")
     parser.add_argument("--scorer", choices=SCORERS, default="auto", help="auto: likelihood of the options, if any")
+    parser.add_argument("--chat_template", action="store_true", help="ask as the tokenizer's chat does")
     parser.add_argument("--batch_size", type=positive, default=16, metavar="ROWS")
     parser.add_argument("--max_new_tokens", type=positive, default=256, metavar="TOKENS", help="for generated answers")
     parser.add_argument("--limit", type=positive, metavar="N", help="only N rows of each file, drawn with --seed")
@@ -94,7 +96,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         "adapter": str(args.adapter) if args.adapter else None,
         "adapter_sha256": sha256(weights) if args.adapter else None,
         "datasets": [{"path": str(path), "sha256": sha256([path])} for path in args.dataset],
-        **{name: getattr(args, name) for name in ("base", "scorer", "batch_size", "max_new_tokens")},
+        **{name: getattr(args, name) for name in ("base", "scorer", "chat_template", "batch_size", "max_new_tokens")},
         **{name: getattr(args, name) for name in ("limit", "seed", "dtype")},
     }
 
@@ -193,6 +195,7 @@ def predict(
                 tokenizer,
                 rows,
                 scorer=args.scorer,
+                chat_template=args.chat_template,
                 batch_size=args.batch_size,
                 max_new_tokens=args.max_new_tokens,
                 known=known[side],

@@ -20,9 +20,10 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from eval_lslora import base_name, load_model, positive, write_whole
-from lslora.data import Row, load_rows, to_prompt_completion
+from lslora.data import Example, Row, load_examples, load_rows
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
+from lslora.prompts import example_ids
 from lslora.scoring import compare, format_comparison, format_table, summarize
 
 WORST = 5  # layers shown
@@ -33,9 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         base = base_name(args.adapter, args.model_name)
-        rows = load_rows(args.dataset)[: args.rows]
+        examples = load_examples(args.dataset, chat_template=args.chat_template)[: args.rows]
         eval_rows = load_rows(args.eval_dataset) if args.eval_dataset else []
-        results = export(args, base, rows, eval_rows)
+        results = export(args, base, examples, eval_rows)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the trained LS-LoRA adapter")
-    parser.add_argument("--dataset", type=Path, required=True, metavar="FILE", help="rows to fit on (JSON or JSONL)")
+    parser.add_argument("--dataset", type=Path, required=True, metavar="FILE", help="what to fit on (JSON or JSONL)")
+    parser.add_argument("--chat_template", action="store_true", help="write instructions as the tokenizer's chat does")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the plain adapter goes")
     parser.add_argument("--model_name", metavar="NAME", help="base model; by default the one the adapter names")
     parser.add_argument("--rows", type=positive, default=200, metavar="N", help="how many rows to fit on, at most")
@@ -57,34 +59,33 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def export(args: argparse.Namespace, base: str, rows: list[Row], eval_rows: list[Row]) -> dict[str, Any]:
+def export(args: argparse.Namespace, base: str, examples: list[Example], eval_rows: list[Row]) -> dict[str, Any]:
     """Write the adapter; what `export.json` holds."""
     model, tokenizer = load_model(base, args.adapter, "auto")
     model.eval()
     with observe_updates(model, rank=args.rank) as moments, torch.inference_mode():
-        for row in tqdm(rows, desc="Calibrating", unit="row"):
-            text = "".join(to_prompt_completion(row).values())
-            model(input_ids=tokenizer(text, return_tensors="pt").input_ids.to(model.device))
+        for example in tqdm(examples, desc="Calibrating", unit="row"):
+            model(input_ids=torch.tensor([example_ids(tokenizer, example)], device=model.device))
     errors = export_lora(model, moments, args.output, rank=args.rank, tolerance=args.tolerance)
     results: dict[str, Any] = {
         "adapter": str(args.adapter),
         "base": base,
-        "calibration": {"dataset": str(args.dataset), "rows": len(rows)},
+        "calibration": {"dataset": str(args.dataset), "rows": len(examples)},
         "tolerance": args.tolerance,
         "errors": errors,
     }
     if eval_rows:
-        before = answers(model, tokenizer, eval_rows, "LS-LoRA")
+        before = answers(model, tokenizer, eval_rows, args.chat_template, "LS-LoRA")
         plain = PeftModel.from_pretrained(model.unload(), args.output).eval()
-        after = answers(plain, tokenizer, eval_rows, "plain LoRA")
+        after = answers(plain, tokenizer, eval_rows, args.chat_template, "plain LoRA")
         results["evaluation"] = {"lslora": summarize(before), "plain": summarize(after)}
         results["comparison"] = compare(before, after)
     return results
 
 
-def answers(model: Any, tokenizer: Any, rows: list[Row], name: str) -> Any:
+def answers(model: Any, tokenizer: Any, rows: list[Row], chat_template: bool, name: str) -> Any:
     with tqdm(total=len(rows), desc=f"Answering ({name})", unit="row") as bar:
-        return evaluate(model, tokenizer, rows, on_prediction=lambda _: bar.update())
+        return evaluate(model, tokenizer, rows, chat_template=chat_template, on_prediction=lambda _: bar.update())
 
 
 def report(results: dict[str, Any]) -> None:

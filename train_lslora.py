@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lslora.data import Row
+    from lslora.data import Example, Row
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 OCCUPANCY_BATCHES = 8
@@ -26,10 +26,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("what to train")
     group.add_argument("--model_name", required=True, help="smollm2 (the embedded model), a hub id or a local folder")
-    group.add_argument("--dataset_path", required=True, help="JSON or JSONL with instruction, input, output, answer")
+    group.add_argument(
+        "--dataset_path", required=True, help="JSON or JSONL: instruction and output, messages, or text"
+    )
     group.add_argument("--output_dir", required=True, help="folder for checkpoints, the adapter and its diagnostics")
     group.add_argument("--method", choices=("lslora", "lora"), default="lslora", help="lora is peft's plain LoRA")
     group.add_argument("--eval_dataset_path", help="rows to answer before and after training, for the accuracy")
+    group.add_argument("--chat_template", action="store_true", help="write instructions as the tokenizer's chat does")
     group.add_argument("--loss_on_prompt", action="store_true", help="train on the prompt's tokens as well")
 
     group = parser.add_argument_group("training")
@@ -94,24 +97,24 @@ def recommended_defaults(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    from lslora.data import DataError, load_rows
+    from lslora.data import DataError, load_examples, load_rows
 
     try:
-        rows = load_rows(args.dataset_path)
+        examples = load_examples(args.dataset_path, chat_template=args.chat_template)
         eval_rows = load_rows(args.eval_dataset_path) if args.eval_dataset_path else []
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    missing = missing_for(args)
+    missing = missing_for(args, chats=isinstance(examples[0].get("completion"), list))
     if missing:
         print("error: this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing), file=sys.stderr)
         return 2
-    train(args, rows, eval_rows)
+    train(args, examples, eval_rows)
     return 0
 
 
-def missing_for(args: argparse.Namespace) -> list[str]:
-    """What the explicit choices in `args` need and this machine lacks; told before anything is loaded."""
+def missing_for(args: argparse.Namespace, *, chats: bool) -> list[str]:
+    """What the explicit choices in `args` and conversations need and is not there; told before anything is loaded."""
     import torch
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -125,26 +128,27 @@ def missing_for(args: argparse.Namespace) -> list[str]:
             missing.append(f"{tracker}, for --report_to {tracker}: pip install {tracker}")
     if args.resume and not (Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)):
         missing.append(f"a checkpoint in {args.output_dir} to --resume from")
-    return missing + missing_model(args.model_name)
+    return missing + missing_model(args.model_name, chats=chats)
 
 
-def missing_model(model_name: str) -> list[str]:
-    from transformers import AutoConfig
+def missing_model(model_name: str, *, chats: bool) -> list[str]:
+    from transformers import AutoConfig, AutoTokenizer
 
     from lslora.embedded import resolve_model_name
 
     try:
         AutoConfig.from_pretrained(resolve_model_name(model_name))
+        if chats and not AutoTokenizer.from_pretrained(resolve_model_name(model_name)).chat_template:
+            return [f"a chat template: the tokenizer of {model_name} has none, and conversations need one"]
     except (OSError, RuntimeError, ValueError) as error:
         return [f"the model {model_name}: {str(error).splitlines()[0]}"]
     return []
 
 
-def train(args: argparse.Namespace, rows: list[Row], eval_rows: list[Row]) -> None:
+def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row]) -> None:
     from datasets import Dataset
     from trl import SFTTrainer
 
-    from lslora.data import to_prompt_completion
     from lslora.training import SplineTrainerMixin
 
     class SplineSFTTrainer(SplineTrainerMixin, SFTTrainer):
@@ -156,7 +160,7 @@ def train(args: argparse.Namespace, rows: list[Row], eval_rows: list[Row]) -> No
     trainer = SplineSFTTrainer(
         model=model,
         args=trainer_config(args),
-        train_dataset=Dataset.from_list([dict(to_prompt_completion(row)) for row in rows]),
+        train_dataset=Dataset.from_list([dict(example) for example in examples]),
         processing_class=tokenizer,
         peft_config=adapter_config(args),
         spline_lr_ratio=args.spline_lr_ratio,
@@ -303,7 +307,13 @@ def report_accuracy(trainer: Any, tokenizer: Any, rows: list[Row], args: argpars
     silent = not trainer.is_world_process_zero()
     for name, adapter in (("base", trainer.model.disable_adapter()), (args.method, nullcontext())):
         with adapter, tqdm(total=len(rows), desc=f"Answering ({name})", unit="row", disable=silent) as bar:
-            predictions[name] = evaluate(trainer.model, tokenizer, rows, on_prediction=lambda _: bar.update())
+            predictions[name] = evaluate(
+                trainer.model,
+                tokenizer,
+                rows,
+                chat_template=args.chat_template,
+                on_prediction=lambda _: bar.update(),
+            )
     summaries = {name: summarize(found) for name, found in predictions.items()}
     if silent:
         return summaries

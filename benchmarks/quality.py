@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="holds a folder for each plan")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these, all by default")
     parser.add_argument("--lr", type=float, nargs="+", help="only these learning rates, all by default")
-    parser.add_argument("--baseline", default="lora", help="the method that the others are compared with in the report")
+    parser.add_argument("--baseline", default="lora", help="method that a report compares the others with")
     args = parser.parse_args(argv)
     setting, runs = read_plan(args.plan)
     part = [run for run in runs if (not args.seeds or run.seed in args.seeds) and (not args.lr or run.lr in args.lr)]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from lslora.answers import option_completion, options_of
 from lslora.data import Row, load_rows, to_prompt_completion
 from lslora.embedded import cache_folder
-from lslora.scoring import option_completion, options_of
 
 IGNORED = -100
 BATCH_SIZE = 8

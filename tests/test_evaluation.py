@@ -1,5 +1,6 @@
 """Likelihoods and generated answers against plain full-sequence computations, on tiny models with random weights."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -23,9 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lslora.data import to_prompt_completion
-from lslora.evaluation import evaluate, generate_answers, row_scorers, score_options
-from lslora.scoring import option_completion, options_of
+from lslora.answers import option_completion, options_of
+from lslora.data import to_messages, to_prompt_completion
+from lslora.evaluation import evaluate, generate_answers, row_scorers
+from lslora.likelihood import score_options
+from lslora.prompts import prompt_ids
 
 QUESTIONS = (
     "is the sky blue?",
@@ -144,6 +147,36 @@ def test_likelihoods_equal_those_of_the_whole_sequences(tokenizer, architecture,
     model = make_model(architecture)
     found = score_options(model, tokenizer, rows)
     assert_scores_close(found, [plain_scores(model, tokenizer, row) for row in rows])
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
+def test_with_a_chat_template_the_prompt_is_the_templates(tokenizer):
+    """As TRL trains: the template's text for the question, the answer behind it, no special token twice."""
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHAT
+    row, model = MORE_LEFT[0], make_model()
+    prompt = f"<user>\n{row['instruction']}\n\n{row['input']}</s><assistant>\n"
+    start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    for option, found in score_options(model, chatty, [row], chat_template=True)[0].items():
+        text = prompt + option_completion(row, option)
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        expected = log_probs.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
+        assert found == pytest.approx(expected, rel=1e-9)
+
+    trained = chatty.apply_chat_template([*to_messages(row)["prompt"], *to_messages(row)["completion"]])["input_ids"]
+    asked = prompt_ids(chatty, row, row["output"], chat_template=True)
+    assert trained[: len(asked)] == asked and tokenizer.decode(trained[len(asked) :]) == "</s>"
+    with_template = evaluate(model, chatty, [row], scorer="generate", max_new_tokens=9, chat_template=True)
+    without = evaluate(model, chatty, [row], scorer="generate", max_new_tokens=9)
+    assert with_template[0]["text"] != without[0]["text"]
+    with pytest.raises(ValueError, match="must have a chat template"):
+        evaluate(model, tokenizer, [row], chat_template=True)
 
 
 def test_log_probabilities_of_a_half_precision_model_are_not_rounded_to_its_dtype(tokenizer):

@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lslora import LSLoraConfig
 from lslora.training import RECOMMENDED_LR_RATIO
@@ -151,14 +151,66 @@ def test_plain_lora_with_everything_else_equal(tiny, tmp_path):
     assert "lslora" not in (tmp_path / "lora" / "README.md").read_text().split("## Settings")[0].split("```python")[1]
 
 
-def test_loss_is_on_the_response_unless_asked_otherwise(tiny, tmp_path):
-    tokens = {}
-    for name, more in {"response": (), "prompt": ("--loss_on_prompt",)}.items():
-        args = train_lslora.parse_args(
-            ["--model_name", "m", "--dataset_path", "d", "--output_dir", str(tmp_path), *more]
-        )
-        tokens[name] = train_lslora.trainer_config(args).completion_only_loss
-    assert tokens == {"response": True, "prompt": False}
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}assistant : {% endif %}"
+)
+TALK = [("system", "is rose red?"), ("user", "is snow red?"), ("assistant", "false"), ("user", "is rose red?")]
+TALK += [("assistant", "the correct answer is true")]
+
+
+def asked(row):
+    return f"### Instruction: {row['instruction']} ### Response: "
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "parts"),
+    [
+        (ROWS, [], [(asked(row), f"{row['output']} <eos>") for row in ROWS]),
+        (ROWS, ["--loss_on_prompt"], [("", f"{asked(row)}{row['output']} <eos>") for row in ROWS]),
+        (
+            ROWS,
+            ["--chat_template"],
+            [(f"user : {row['instruction']} <eos> assistant : ", f"{row['output']} <eos>") for row in ROWS],
+        ),
+        (
+            [{"messages": [{"role": role, "content": content} for role, content in TALK]}],
+            [],
+            [
+                ("system : is rose red? <eos> user : is snow red? <eos> assistant : ", "false <eos>"),
+                (
+                    "system : is rose red? <eos> user : is snow red? <eos> assistant : false <eos> "
+                    "user : is rose red? <eos> assistant : ",
+                    "the correct answer is true <eos>",
+                ),
+            ],
+        ),
+        (
+            [{"text": "rose is red?"}, {"text": "is snow red?"}],
+            [],
+            [("", "rose is red? <eos>"), ("", "is snow red? <eos>")],
+        ),
+    ],
+    ids=["instructions", "prompt too", "chat template", "messages", "texts"],
+)
+def test_the_loss_is_the_models_on_the_very_tokens(tiny, tmp_path, rows, more, parts):
+    """The first step's loss, with B = 0, against cross-entropies of the base model on tokens written out here."""
+    data, model_folder = tmp_path / "rows.jsonl", tmp_path / "model"
+    data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.chat_template = CHAT
+    model = LlamaForCausalLM.from_pretrained(tiny / "model")
+    for part in (tokenizer, model):
+        part.save_pretrained(model_folder)
+    total, count = 0.0, 0
+    for context, learned in parts:
+        ids = torch.tensor(tokenizer([context + learned])["input_ids"])
+        learned_count = len(tokenizer(learned)["input_ids"]) - (context == "")  # nothing predicts the first token
+        log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        total, count = total - log_probs[-learned_count:].sum().item(), count + learned_count
+    arguments = ["--model_name", model_folder, "--dataset_path", data, "--batch_size", len(parts)]
+    assert run(tiny, tmp_path / "out", *arguments, "--max_steps", 1, *more) == 0
+    assert log_of(tmp_path / "out")[0]["loss"] == pytest.approx(total / count, rel=1e-3)
 
 
 def test_qlora_keeps_the_splines_in_fp32_and_moves_them(tiny, tmp_path):
@@ -197,6 +249,7 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny, tmp_path, monkeypatch, 
         (["--optim", "paged_adamw_32bit"], "a CUDA device"),
         (["--resume"], "a checkpoint in"),
         (["--model_name", "nobody/no-such-model"], "the model nobody/no-such-model"),
+        (["--chat_template"], "a chat template: the tokenizer of"),
     ],
 )
 def test_what_cannot_run_says_so_before_anything_is_written(tiny, tmp_path, capsys, arguments, message):

@@ -1,4 +1,4 @@
-"""Rows of instruction data: reading, validation, and the one place that turns a row into text.
+"""Data to train on and to ask: reading, validation, and the one place that turns a row into text or messages.
 
 A row is a JSON object with the string fields `instruction`, `input`, `output`, `answer` and, optionally, `task` (the
 layout of the LLM-Adapters collection, https://github.com/AGI-Edgerunners/LLM-Adapters).
@@ -7,9 +7,9 @@ layout of the LLM-Adapters collection, https://github.com/AGI-Edgerunners/LLM-Ad
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict, final
 
 Row = dict[str, str]
 
@@ -18,6 +18,7 @@ OPTIONAL_FIELDS = ("input", "answer", "task")
 MAX_SHOWN_PROBLEMS = 10
 
 
+@final
 class PromptCompletion(TypedDict):
     """What a language model reads (`prompt`) and what it is to answer (`completion`)."""
 
@@ -25,12 +26,33 @@ class PromptCompletion(TypedDict):
     completion: str
 
 
+@final
+class Conversation(TypedDict):
+    """The messages a language model reads (`prompt`) and the one it is to answer with (`completion`).
+
+    A message has a `role` (`system`, `user`, `assistant`, …) and a `content`.
+    """
+
+    prompt: list[dict[str, str]]
+    completion: list[dict[str, str]]
+
+
+@final
+class Text(TypedDict):
+    """A text without a question and an answer."""
+
+    text: str
+
+
+Example: TypeAlias = PromptCompletion | Conversation | Text
+
+
 class DataError(ValueError):
     """A data file that cannot be used; the message names the file, the row and what is wrong with it."""
 
 
 def load_rows(path: str | Path) -> list[Row]:
-    """Read a JSON array or a JSONL file of rows and check every one of them.
+    """Read a JSON array or a JSONL file of instruction rows and check every one of them.
 
     Args:
         path: UTF-8 file, with or without a byte order mark. A file whose first character is `[` is read as one JSON
@@ -44,22 +66,39 @@ def load_rows(path: str | Path) -> list[Row]:
         DataError: the file is missing, is no text, holds no row, or has rows that are not valid. All bad rows are
             counted and the first ten are named: by line in a JSONL file, by position (from 1) in a JSON array.
     """
+    return [_row(value) for value in _checked(Path(path), list(_parse(Path(path))), _row_problem)]
+
+
+def load_examples(path: str | Path, *, chat_template: bool = False) -> list[Example]:
+    """Read what to train on: instruction rows, conversations or plain texts, as TRL's trainers take them.
+
+    A file holds one kind, that of its first row: with `instruction` instruction rows, otherwise with `messages`
+    conversations (a list of objects with `role` and `content`, the last one the assistant's) or with `text` texts.
+
+    Args:
+        path: As for `load_rows`.
+        chat_template: Whether instruction rows become conversations too, for the tokenizer's chat template.
+
+    Returns:
+        For an instruction row its `to_prompt_completion`, with `chat_template` its `to_messages`. For a conversation
+        one example for each message of the assistant, with all that was said before as the prompt: every answer is
+        learned once, whatever the chat template. For a text the text.
+
+    Raises:
+        DataError: as for `load_rows`; or the file holds texts and `chat_template` is set.
+    """
     path = Path(path)
-    rows: list[Row] = []
-    problems: list[str] = []
-    for where, value in _parse(path):
-        problem = value if isinstance(value, _Unparsed) else _problem(value)
-        if problem:
-            problems.append(f"  {where}: {problem}")
-        else:
-            rows.append({field: value.get(field) or "" for field in REQUIRED_FIELDS + OPTIONAL_FIELDS})
-    if problems:
-        shown = "\n".join(problems[:MAX_SHOWN_PROBLEMS])
-        rest = len(problems) - MAX_SHOWN_PROBLEMS
-        raise DataError(f"{path}: {len(problems)} bad row(s)\n{shown}" + (f"\n  and {rest} more" if rest > 0 else ""))
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
-    return rows
+    parsed = list(_parse(path))
+    first = next((value for _, value in parsed if isinstance(value, dict)), {})
+    kind = next((field for field in ("instruction", "messages", "text") if field in first), "instruction")
+    if kind == "messages":
+        return [turn for value in _checked(path, parsed, _conversation_problem) for turn in _turns(value["messages"])]
+    if kind == "text":
+        if chat_template:
+            raise DataError(f"{path}: a chat template needs instructions or messages, got rows with the field 'text'")
+        return [Text(text=value["text"]) for value in _checked(path, parsed, _text_problem)]
+    rows = [_row(value) for value in _checked(path, parsed, _row_problem)]
+    return [to_messages(row) for row in rows] if chat_template else [to_prompt_completion(row) for row in rows]
 
 
 def to_prompt_completion(row: Row) -> PromptCompletion:
@@ -78,6 +117,19 @@ def to_prompt_completion(row: Row) -> PromptCompletion:
     context = f"### Input:\n{row['input']}\n\n" if row.get("input") else ""
     prompt = f"### Instruction:\n{row['instruction']}\n\n{context}### Response:\n"
     return {"prompt": prompt, "completion": row["output"]}
+
+
+def to_messages(row: Row) -> Conversation:
+    """Turn a row into a conversation of one turn, for a chat template: no headings, the input after a blank line.
+
+    Args:
+        row: A row as `load_rows` returns it; `input` may be missing or empty.
+    """
+    question = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": row["output"]}],
+    }
 
 
 class _Unparsed(str):
@@ -108,18 +160,73 @@ def _parse(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", _Unparsed(f"no valid JSON: {error.msg} at column {error.colno}")
 
 
-def _problem(value: Any) -> str | None:
-    """What is wrong with a parsed row, or None."""
-    if not isinstance(value, dict):
-        return f"must be a JSON object, got {type(value).__name__}"
-    for field in REQUIRED_FIELDS:
-        if field not in value:
-            return f"field '{field}' is missing"
-        if not isinstance(value[field], str):
-            return f"field '{field}' must be a string, got {type(value[field]).__name__}"
-        if not value[field].strip():
-            return f"field '{field}' is empty"
+def _checked(
+    path: Path, parsed: list[tuple[str, Any]], problem_of: Callable[[dict[str, Any]], str | None]
+) -> list[dict[str, Any]]:
+    """The values of a file's rows; DataError unless there is one at least and all are valid."""
+    problems = []
+    for where, value in parsed:
+        if isinstance(value, _Unparsed):
+            problem: str | None = value
+        elif not isinstance(value, dict):
+            problem = f"must be a JSON object, got {type(value).__name__}"
+        else:
+            problem = problem_of(value)
+        if problem:
+            problems.append(f"  {where}: {problem}")
+    if problems:
+        shown = "\n".join(problems[:MAX_SHOWN_PROBLEMS])
+        rest = len(problems) - MAX_SHOWN_PROBLEMS
+        raise DataError(f"{path}: {len(problems)} bad row(s)\n{shown}" + (f"\n  and {rest} more" if rest > 0 else ""))
+    if not parsed:
+        raise DataError(f"{path}: holds no rows")
+    return [value for _, value in parsed]
+
+
+def _row(value: dict[str, Any]) -> Row:
+    return {field: value.get(field) or "" for field in REQUIRED_FIELDS + OPTIONAL_FIELDS}
+
+
+def _row_problem(value: dict[str, Any]) -> str | None:
+    """What is wrong with an instruction row, or None."""
+    problems = (_text_problem(value, field) for field in REQUIRED_FIELDS)
+    if problem := next(filter(None, problems), None):
+        return problem
     for field in OPTIONAL_FIELDS:
         if not isinstance(value.get(field, ""), str):
             return f"field '{field}' must be a string, got {type(value[field]).__name__}"
     return None
+
+
+def _text_problem(value: dict[str, Any], field: str = "text") -> str | None:
+    """Why the field is no text with something in it, or None."""
+    if field not in value:
+        return f"field '{field}' is missing"
+    if not isinstance(value[field], str):
+        return f"field '{field}' must be a string, got {type(value[field]).__name__}"
+    return None if value[field].strip() else f"field '{field}' is empty"
+
+
+def _conversation_problem(value: dict[str, Any]) -> str | None:
+    """What is wrong with a row of messages, or None."""
+    messages = value.get("messages")
+    if not isinstance(messages, list):
+        return "field 'messages' is missing or no list"
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            return f"message {number} must be a JSON object, got {type(message).__name__}"
+        for field in ("role", "content"):
+            if problem := _text_problem(message, field):
+                return f"message {number}: {problem}"
+    roles = [message["role"] for message in messages]
+    if len(roles) < 2 or roles[0] == "assistant" or roles[-1] != "assistant":
+        return f"messages must begin with another role than the assistant and end with the assistant, got {roles}"
+    return None
+
+
+def _turns(messages: list[dict[str, str]]) -> Iterator[Conversation]:
+    """Every message of the assistant with all before it."""
+    said = [{"role": message["role"], "content": message["content"]} for message in messages]
+    for place, message in enumerate(said):
+        if message["role"] == "assistant":
+            yield Conversation(prompt=said[:place], completion=[message])

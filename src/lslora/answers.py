@@ -1,0 +1,173 @@
+"""A row's options, the scorer that suits it, and from generated text to an answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+SCORERS = ("auto", "likelihood", "generate")
+NUMBER_TOLERANCE = 1e-3  # as in evaluate.py of LLM-Adapters
+
+_ANSWER_FORMAT = re.compile(r"answer format:[ \t]*([^\s/]+(?:/[^\s/]+)+)\s*\Z", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-\u2212])?"  # a minus, unless it subtracts
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
+_STATED_WORD = re.compile(r"answer is\W{0,5}(\w+(?:[/:-]\w+)*)", re.IGNORECASE)
+
+
+def options_of(row: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The options among which a row asks to choose, read from `Answer format: a/b/c` at the end of its instruction.
+
+    Args:
+        row: A row with an `instruction`.
+
+    Returns:
+        The options in the order named, at least two; None where the instruction does not end so: no multiple choice.
+    """
+    found = _ANSWER_FORMAT.search(row["instruction"])
+    options = tuple(dict.fromkeys(found[1].split("/"))) if found else ()
+    return options if len(options) > 1 else None
+
+
+def option_completion(row: Mapping[str, str], option: str) -> str:
+    """The completion that gives `option` as the answer: the row's `output` with the last `answer` in it replaced.
+
+    Args:
+        row: A row whose `output` contains its `answer` as a word of its own ("the correct answer is answer2").
+        option: The answer to give instead.
+
+    Returns:
+        The text, equal to `row["output"]` for `option == row["answer"]`.
+
+    Raises:
+        ValueError: `output` does not contain `answer`.
+    """
+    places = list(re.finditer(_word(row["answer"]), row["output"]))
+    if not places:
+        raise ValueError(f"the output must contain the answer {row['answer']!r}, got {row['output']!r}")
+    return row["output"][: places[-1].start()] + option + row["output"][places[-1].end() :]
+
+
+def choose_scorer(row: Mapping[str, str], scorer: str = "auto") -> str:
+    """Decide how a row is scored, and check that it can be.
+
+    Args:
+        row: A row with `instruction`, `output` and `answer`.
+        scorer: `"likelihood"` (needs options), `"generate"`, or `"auto"`: the former for rows with options, the latter
+            for all others.
+
+    Returns:
+        `"likelihood"` or `"generate"`.
+
+    Raises:
+        ValueError: `scorer` is none of the three, or the row lacks what the scorer needs: an answer; with options, an
+            answer that is one of them; for the likelihood, options and an output that contains the answer.
+    """
+    if scorer not in SCORERS:
+        raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {scorer!r}")
+    options = options_of(row)
+    if not row["answer"]:
+        raise ValueError("a row to be scored must have an answer, got an empty one")
+    if options and row["answer"] not in options:
+        raise ValueError(f"the answer must be one of {'/'.join(options)}, got {row['answer']!r}")
+    if scorer == "generate" or (scorer == "auto" and not options):
+        return "generate"
+    if not options:
+        raise ValueError("the likelihood needs an instruction that ends in 'Answer format: a/b/...', got one without")
+    option_completion(row, row["answer"])
+    return "likelihood"
+
+
+def extract_answer(text: str, options: Sequence[str]) -> str | None:
+    """Read which of the options a generated text gives as its answer.
+
+    The last "correct answer is X" decides, else the last option named; whole words only, in upper or lower case.
+    No answer are: lists of different options ("answer1/answer2", "true or false"), what follows "Answer format:",
+    options that head their own text ("Answer1: ... Answer2: ..."), and everything from the next "### Instruction" on.
+
+    Args:
+        text: What the model wrote after the prompt.
+        options: The options as `options_of` returns them.
+
+    Returns:
+        One of `options`, or None where the text names none.
+    """
+    options = sorted(options, key=len, reverse=True)  # of two that begin alike, the longer one is tried first
+    word = _word(*options)
+
+    def named(part: str) -> list[str]:
+        """All options named in a part of the text, in order."""
+        return [_same_option(match[0], options) for match in re.finditer(word, part, re.IGNORECASE)]
+
+    def blank_list(match: re.Match[str]) -> str:
+        return " _ " if len(set(named(match[0]))) > 1 else match[0]
+
+    separator = r"\s*(?:[/|]|,(?:\s*(?:or|and)\b)?|\b(?:or|and)\b)\s*"
+    text = _before_next_question(text)
+    text = re.sub(rf"answer format:\s*{word}(?:\s*/\s*{word})*", " _ ", text, flags=re.IGNORECASE)
+    text = re.sub(rf"{word}(?:{separator}{word})+", blank_list, text, flags=re.IGNORECASE)
+    heads = " ".join(re.findall(rf"{word}\s*:", text, re.IGNORECASE))
+    if len(set(named(heads))) > 1:
+        text = re.sub(rf"{word}\s*:", " _ ", text, flags=re.IGNORECASE)
+    stated = re.findall(rf"correct answer is\W{{0,5}}{word}", text, re.IGNORECASE)
+    answers = named(stated[-1] if stated else text)
+    return answers[-1] if answers else None
+
+
+def extract_number(text: str) -> str | None:
+    """Read the last number of a generated text, up to the next "### Instruction".
+
+    Args:
+        text: What the model wrote after the prompt.
+
+    Returns:
+        The number without thousands commas ("22,902." gives "22902"), or None where the text holds none.
+    """
+    numbers = _NUMBER.findall(_before_next_question(text))
+    return numbers[-1].replace(",", "").replace("\u2212", "-") if numbers else None
+
+
+def grade(row: Mapping[str, str], text: str) -> tuple[str | None, bool]:
+    """Read the answer from a generated text and compare it with the row's.
+
+    Rows with options: see `extract_answer`. Rows whose answer is a number: the last number in the text, right when it
+    differs by at most 0.001. Others: the word after the last "answer is", whatever its case.
+
+    Args:
+        row: A row with `instruction` and `answer`.
+        text: What the model wrote after the prompt.
+
+    Returns:
+        The answer read (None where there is none) and whether it is right.
+    """
+    answer = row["answer"]
+    options = options_of(row)
+    if options:
+        prediction = extract_answer(text, options)
+        return prediction, prediction == answer
+    if _NUMBER.fullmatch(answer):
+        prediction = extract_number(text)
+        right = prediction is not None and abs(float(prediction) - _as_number(answer)) <= NUMBER_TOLERANCE
+        return prediction, right
+    stated = _STATED_WORD.findall(_before_next_question(text))
+    return (stated[-1], stated[-1].casefold() == answer.casefold()) if stated else (None, False)
+
+
+def _word(*words: str) -> str:
+    """A pattern for any of the words, not inside a longer word."""
+    return rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)"
+
+
+def _same_option(text: str, options: Sequence[str]) -> str:
+    """The option that a match spells; by matching again, as some characters match without sharing a lower case."""
+    return next(option for option in options if re.fullmatch(re.escape(option), text, re.IGNORECASE))
+
+
+def _before_next_question(text: str) -> str:
+    """What belongs to the question asked: a model that goes on may write the next one and answer it too."""
+    return text.split("### Instruction", 1)[0]
+
+
+def _as_number(text: str) -> float:
+    return float(text.replace(",", "").replace("\u2212", "-"))

@@ -1,0 +1,156 @@
+"""Log-likelihood of the options of a row."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import permutations
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .answers import option_completion, options_of
+from .data import Row
+from .prompts import pad_left, prompt_ids
+
+Model: TypeAlias = PreTrainedModel | PeftModel
+
+
+@torch.inference_mode()
+def score_options(
+    model: Model, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, chat_template: bool = False
+) -> list[dict[str, float]]:
+    """Log-likelihood of every option's completion, given the prompt, for one batch of rows.
+
+    `Σ_j log p(completion_j | prompt, completion_{<j})` over the completion's tokens. The tokens that all options of a
+    row begin with (the prompt and mostly "the correct answer is") pass the model once; only what is left of the
+    options follows, on copies of the key-value cache, and where a single token is left not even that is needed.
+
+    Prompt and completion are tokenized together, as in training. In training an end-of-sequence token follows; here it
+    is left out: how readily a model stops is no part of its answer, and a base model never learnt to stop there.
+
+    Args:
+        model: Causal language model, with or without adapters.
+        tokenizer: Its tokenizer.
+        rows: Rows with options, whose outputs contain their answers.
+        chat_template: Whether the tokenizer's chat template makes the prompts, or `to_prompt_completion`.
+
+    Returns:
+        For every row: option to log-likelihood (natural logarithm), in the order of `options_of`.
+
+    Raises:
+        ValueError: a row has no options, or its output does not contain its answer, or the tokens of one option begin
+            with all those of another (which could then never be the less likely one), or the model yields NaN.
+    """
+    choices = [_tokenize_options(tokenizer, row, chat_template) for row in rows]
+    with eval_mode(model):
+        input_ids, mask = pad_left([choice.shared for choice in choices], tokenizer, model.device)
+        # Logits predict the next token: one position before each shared completion token, and the last of all.
+        keep = 1 + max(len(choice.shared) - choice.start for choice in choices)
+        output = _forward(model, input_ids, mask, _positions(mask), logits_to_keep=keep)
+        log_probs = _log_probs(output.logits[:, -keep:])
+        totals = []
+        for row, choice in zip(log_probs, choices, strict=True):
+            completion = choice.shared[choice.start :]
+            common = _picked(row[keep - 1 - len(completion) : keep - 1], completion)
+            totals.append([common + row[-1, tail[0]].item() for tail in choice.tails])
+        rest = [(i, j) for i, choice in enumerate(choices) for j, tail in enumerate(choice.tails) if len(tail) > 1]
+        if rest:
+            tails = [choices[i].tails[j] for i, j in rest]
+            added = _continue(model, output.past_key_values, mask, [i for i, _ in rest], tails)
+            for (i, j), value in zip(rest, added, strict=True):
+                totals[i][j] += value
+    for total in totals:
+        if not all(map(math.isfinite, total)):  # the likeliest would be the first, whatever the row
+            raise ValueError(f"log-likelihoods must be finite, got {total}")
+    return [dict(zip(options_of(row) or (), total, strict=True)) for row, total in zip(rows, totals, strict=True)]
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside, and every module's own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class _Choice(NamedTuple):
+    """The options of a row in tokens: `shared + tail` is prompt and completion, which begins at `shared[start]`."""
+
+    shared: list[int]
+    start: int
+    tails: list[list[int]]
+
+
+def _tokenize_options(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) -> _Choice:
+    def ids_of(completion: str) -> list[int]:
+        return prompt_ids(tokenizer, row, completion, chat_template=chat_template)
+
+    options = options_of(row)
+    if not options:
+        raise ValueError("the instruction must end in 'Answer format: a/b/...', got one without")
+    sequences = [ids_of(option_completion(row, option)) for option in options]
+    shared = _common_prefix(sequences)
+    if any(longer[: len(ids)] == ids for ids, longer in permutations(sequences, 2)):
+        raise ValueError(f"no option's tokens may begin with all those of another, got the options {options}")
+    start = len(_common_prefix([ids_of(""), shared]))
+    return _Choice(shared, start, [ids[len(shared) :] for ids in sequences])
+
+
+def _common_prefix(sequences: Sequence[list[int]]) -> list[int]:
+    """The tokens that all sequences begin with."""
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return sequences[0][:length]
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Position of every token in its own sequence, from 0; padding counts as 0."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _forward(
+    model: Model, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, **further: Any
+) -> Any:
+    """Call the model with a cache, leaving out those of the further arguments that its architecture lacks."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    accepted = inspect.signature(base.forward).parameters
+    further = {name: value for name, value in (further | {"position_ids": positions}).items() if name in accepted}
+    return model(input_ids=input_ids, attention_mask=mask, use_cache=True, **further)
+
+
+def _log_probs(logits: torch.Tensor) -> torch.Tensor:
+    """Log-softmax over the vocabulary, in float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+
+
+def _picked(log_probs: torch.Tensor, tokens: list[int]) -> float:
+    """Sum over positions of the log-probability (positions, vocabulary) of the token that stands there."""
+    index = torch.tensor(tokens, dtype=torch.int64, device=log_probs.device)
+    return log_probs.gather(1, index[:, None]).sum().item()
+
+
+def _continue(
+    model: Model, cache: Any, mask: torch.Tensor, sources: list[int], tails: Sequence[list[int]]
+) -> list[float]:
+    """Log-likelihood of every tail but for its first token, each after the cached sequence that `sources` names."""
+    source = torch.tensor(sources, device=mask.device)
+    cache.reorder_cache(source)  # any selection of rows, repeated ones included
+    width = max(map(len, tails)) - 1
+    ids = torch.tensor([tail[:-1] + [0] * (width + 1 - len(tail)) for tail in tails], device=mask.device)
+    ids_mask = torch.tensor([[1] * (len(tail) - 1) + [0] * (width + 1 - len(tail)) for tail in tails]).to(mask)
+    whole = torch.cat([mask[source], ids_mask], dim=1)
+    output = _forward(model, ids, whole, _positions(whole)[:, -width:], past_key_values=cache)
+    log_probs = _log_probs(output.logits)
+    return [_picked(row[: len(tail) - 1], tail[1:]) for row, tail in zip(log_probs, tails, strict=True)]

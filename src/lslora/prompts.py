@@ -1,0 +1,64 @@
+"""From rows to token ids, the way training makes them, and from token ids to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .data import Example, Row, to_messages, to_prompt_completion
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, row: Row, completion: str = "", *, chat_template: bool = False
+) -> list[int]:
+    """Token ids of a row's prompt with a completion behind it: as in training, but for what ends a completion there.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        row: A row as `load_rows` returns it.
+        completion: What follows the prompt; tokenized together with it.
+        chat_template: Whether the tokenizer's chat template makes the prompt, or `to_prompt_completion`.
+
+    Returns:
+        The ids with the special tokens that come first and without an end-of-sequence token.
+
+    Raises:
+        ValueError: `chat_template` is set and the tokenizer has none.
+    """
+    if chat_template:
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer must have a chat template to be asked with one, this one has none")
+        prompt = tokenizer.apply_chat_template(to_messages(row)["prompt"], tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(f"{prompt}{completion}", add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(to_prompt_completion(row)["prompt"] + completion)["input_ids"])
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def example_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    """Token ids of a whole training example, as `load_examples` returns it, without padding."""
+    if "text" in example:
+        return list(tokenizer(example["text"])["input_ids"])
+    prompt, completion = example["prompt"], example["completion"]
+    if isinstance(prompt, str):
+        return list(tokenizer(f"{prompt}{completion}")["input_ids"])
+    chat: Any = tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)
+    return list(chat["input_ids"])
+
+
+def pad_left(
+    sequences: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both int64 (sequences, tokens), with all sequences ending in the last column."""
+    width = max(map(len, sequences))
+    ids = [[pad_id(tokenizer)] * (width - len(sequence)) + sequence for sequence in sequences]
+    mask = [[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill up with; any will do, as it is masked out."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(candidate for candidate in candidates if candidate is not None)

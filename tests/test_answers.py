@@ -1,0 +1,224 @@
+"""Reading options and answers from rows and texts."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lslora import answers
+
+BOOL = ("true", "false")
+FOUR = ("answer1", "answer2", "answer3", "answer4")
+ECHO = "Answer format: answer1/answer2/answer3/answer4"
+LISTING = "Answer1: the Sun Answer2: Venus Answer3: the moon Answer4: the Earth"
+
+
+def row(answer, *, options=FOUR, output=None, task="arc"):
+    instruction = "Choose.\n\nAnswer format: " + "/".join(options) if options else "How many?"
+    return {
+        "instruction": instruction,
+        "input": "",
+        "output": f"the correct answer is {answer}" if output is None else output,
+        "answer": answer,
+        "task": task,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ending", "options"),
+    [
+        ("true/false", ("true", "false")),
+        ("answer1/answer2/answer3", ("answer1", "answer2", "answer3")),
+        ("solution1/solution2 \n", ("solution1", "solution2")),
+        ("ending1/ending2/ending3/ending4", ("ending1", "ending2", "ending3", "ending4")),
+        ("option1/option2\n\nThink well.", None),
+        ("a number", None),
+        ("true", None),
+        ("true/true", None),
+        ("", None),
+    ],
+)
+def test_options_are_read_from_the_end_of_the_instruction(ending, options):
+    assert answers.options_of({"instruction": f"Is it so?\n\nAnswer format: {ending}"}) == options
+
+
+def test_an_instruction_without_the_line_is_no_multiple_choice():
+    assert answers.options_of({"instruction": "How many apples/pears?"}) is None
+
+
+def test_option_completion_replaces_the_last_whole_word():
+    assert answers.option_completion(row("answer2"), "answer4") == "the correct answer is answer4"
+    phrased = row("true", output="Is untrue true? I say true.")
+    assert answers.option_completion(phrased, "false") == "Is untrue true? I say false."
+    assert answers.option_completion(phrased, "true") == phrased["output"]
+
+
+def test_option_completion_needs_the_answer_in_the_output():
+    with pytest.raises(ValueError, match=r"must contain the answer 'true', got 'untrue'"):
+        answers.option_completion(row("true", output="untrue"), "false")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the correct answer is answer2", "answer2"),
+        ("The Correct Answer Is ANSWER3.", "answer3"),
+        ("the correct answer is: **answer3**", "answer3"),
+        ("answer4", "answer4"),
+        ("the correct answer is answer2\n" * 5 + "the correct answer is answer", "answer2"),
+        ("answer1 is tempting, but answer3", "answer3"),
+        ("the correct answer is answer2, since answer4 is too far away", "answer2"),
+        ("the correct answer is answer1. No: the correct answer is answer3", "answer3"),
+        # the options are repeated before or after the answer, whole or cut off
+        (f"{ECHO}\nthe correct answer is answer3", "answer3"),
+        (f"{ECHO}\nanswer3", "answer3"),
+        (f"answer2\n\n{ECHO}", "answer2"),
+        ("answer2\n\nAnswer format: answer1/answer2/answ", "answer2"),
+        ("answer2\n\nAnswer format: answer1", "answer2"),
+        ("answer2\nanswer1/answer2/answer3/answer4", "answer2"),
+        ("answer2\nanswer1 / answer2 / answer3 / answer4", "answer2"),
+        ("answer2, out of answer1, answer3, or answer4", "answer2"),
+        ("answer1, answer2, answer3 or answer4", None),
+        ("answer2. The options were answer1, answer2, answer3, or answer4.", "answer2"),
+        ("the correct answer is answer1/answer2/answer3/answer4", None),
+        ("the correct answer is answer1/answer2/answer3/answer4\nthe correct answer is answer4", "answer4"),
+        (f"{LISTING}\n\n{ECHO}\n\nanswer2", "answer2"),
+        (f"answer2\n\n{LISTING}\n\n{ECHO}", "answer2"),
+        ("the correct answer is answer2: Venus", "answer2"),
+        ("answer2: Venus", "answer2"),
+        # the model goes on with a question of its own
+        ("answer2\n\n### Instruction:\nChoose.\n\n### Response:\nthe correct answer is answer1", "answer2"),
+        # nothing to read
+        ("", None),
+        (ECHO, None),
+        ("the correct answer is answer5", None),
+        ("the correct answer is answer22", None),
+        ("myanswer2", None),
+        ("Venus", None),
+    ],
+)
+def test_extract_answer(text, expected):
+    assert answers.extract_answer(text, FOUR) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("true/false: false", "false"),
+        ("false\n\nAnswer format: true/false", "false"),
+        ("It is untrue to call it true, falsehood or not", "true"),
+        ("true or false? true", "true"),
+        ("true, true, true", "true"),
+        ("True.", "true"),
+        ("the correct answer is fal\u017fe", "false"),  # a long s, which matches s in any case
+    ],
+)
+def test_extract_true_or_false(text, expected):
+    assert answers.extract_answer(text, BOOL) == expected
+
+
+def test_of_two_options_that_begin_alike_the_whole_one_counts():
+    assert answers.extract_answer("a-b", ("a", "a-b")) == "a-b"
+    assert answers.extract_answer("a", ("a", "a-b")) == "a"
+
+
+PIECES = st.sampled_from(
+    [*FOUR, "ANSWER1", "answer", "/", ", ", " or ", ":", "\n", "correct answer is ", ECHO, "_", "."]
+)
+TEXTS = st.text() | st.lists(PIECES).map("".join) | st.lists(PIECES | st.text(max_size=3)).map(" ".join)
+WORDS = st.text(st.characters(exclude_categories=["Zs", "Cc"]), min_size=1, max_size=4)
+OPTIONS = st.lists(WORDS, min_size=2, max_size=4, unique=True)
+
+
+@given(text=TEXTS, options=st.just(FOUR) | st.just(BOOL) | OPTIONS)
+def test_any_text_gives_none_or_an_option(text, options):
+    answer = answers.extract_answer(text, options)
+    assert answer is None or answer in options
+
+
+@given(before=TEXTS, answer=st.sampled_from(FOUR), after=st.sampled_from(["", ECHO, LISTING, ECHO[:30], "\n" + ECHO]))
+def test_a_final_statement_decides_whatever_came_before(before, answer, after):
+    text = f"{before}\nthe correct answer is {answer}\n\n{after}"
+    assert answers.extract_answer(text, FOUR) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She needs 12 - 11 = 1 more cup. The answer is 1.", "1"),
+        ("157 * 146 = 22,902 points. The answer is 22,902.", "22902"),
+        ("costs $1,234,567.89", "1234567.89"),
+        ("between 3 and -4.50", "-4.50"),
+        ("between 3 and \u22124", "-4"),
+        ("10-3", "3"),
+        ("1, 2", "2"),
+        ("1,2345", "2345"),
+        ("half is .5", ".5"),
+        ("7\n\n### Instruction:\nAnd 8?", "7"),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_extract_number(text, number):
+    assert answers.extract_number(text) == number
+
+
+@given(st.text() | st.text("0123456789.,- $"))
+def test_any_text_gives_none_or_a_number(text):
+    number = answers.extract_number(text)
+    assert number is None or math.isfinite(float(number))
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "graded"),
+    [
+        ("1.0", "The answer is 1.", ("1", True)),
+        ("22902", "The answer is 22,902.", ("22902", True)),
+        ("1,000", "1000.0", ("1000.0", True)),
+        ("0.3333333333333333", "0.333", ("0.333", True)),
+        ("0.3333333333333333", "0.33", ("0.33", False)),
+        ("12.0", "13", ("13", False)),
+        ("12.0", "a dozen", (None, False)),
+        ("C", "A car ... so a rate of 1. The answer is (C).", ("C", True)),
+        ("C", "the answer is b", ("b", False)),
+        ("C", "C", (None, False)),
+        ("1/3", "The answer is 1/3.", ("1/3", True)),
+    ],
+)
+def test_grade_without_options(answer, text, graded):
+    assert answers.grade(row(answer, options=None), text) == graded
+
+
+def test_grade_with_options():
+    assert answers.grade(row("answer2"), "Answer2") == ("answer2", True)
+    assert answers.grade(row("answer2"), "answer1") == ("answer1", False)
+    assert answers.grade(row("answer2"), "Venus") == (None, False)
+
+
+def test_choose_scorer():
+    chosen = {
+        (scorer, bool(options)): answers.choose_scorer(row("answer1", options=options), scorer)
+        for scorer, options in [("auto", FOUR), ("auto", None), ("generate", FOUR), ("likelihood", FOUR)]
+    }
+    assert chosen == {
+        ("auto", True): "likelihood",
+        ("auto", False): "generate",
+        ("generate", True): "generate",
+        ("likelihood", True): "likelihood",
+    }
+
+
+@pytest.mark.parametrize(
+    ("bad", "scorer", "message"),
+    [
+        (row("answer1"), "logits", "scorer must be one of auto, likelihood, generate, got 'logits'"),
+        (row("", output="x"), "auto", "must have an answer"),
+        (row("answer5"), "generate", "must be one of answer1/answer2/answer3/answer4, got 'answer5'"),
+        (row("7", options=None), "likelihood", "needs an instruction that ends in"),
+        (row("answer1", output="Venus"), "auto", "must contain the answer"),
+    ],
+)
+def test_choose_scorer_refuses_rows_it_cannot_score(bad, scorer, message):
+    with pytest.raises(ValueError, match=message):
+        answers.choose_scorer(bad, scorer)

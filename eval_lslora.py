@@ -27,6 +27,7 @@ from lslora.answers import SCORERS
 from lslora.data import Row, load_rows
 from lslora.embedded import resolve_model_name
 from lslora.evaluation import evaluate, row_scorers
+from lslora.progress import bars_hidden, hide_library_bars
 from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
 
 ADAPTER, BASE = "adapter", "base"
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     results = summaries(settings, predictions, args.seed)
     write_whole(args.output, json.dumps(results, ensure_ascii=False, indent=1))
     partial_path(args.output).unlink()
-    report(results)
+    if not args.quiet:
+        report(results)
     return 0
 
 
@@ -72,6 +74,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto: as in the checkpoint",
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no tables, only errors")
     args = parser.parse_args(arguments)
     if not (args.adapter or args.model_name):
         parser.error("one of --adapter and --model_name is needed")
@@ -178,13 +181,15 @@ def predict(
     file: BufferedRandom,
 ) -> dict[str, list[Prediction]]:
     """Load the model and let it answer: with the adapter if there is one, without if asked for, in this order."""
+    if hidden := bars_hidden(args.quiet):
+        hide_library_bars()
     model, tokenizer = load_model(model_name, args.adapter, args.dtype)
     sides: dict[str, Any] = {ADAPTER if args.adapter else BASE: nullcontext()}
     if args.base:
         sides[BASE] = model.disable_adapter()
     predictions = {}
     for side, context in sides.items():
-        with context, tqdm(total=len(rows), initial=len(known[side]), desc=side, unit="row") as bar:
+        with context, tqdm(total=len(rows), initial=len(known[side]), desc=side, unit="row", disable=hidden) as bar:
 
             def keep(prediction: Prediction, side: str = side, bar: Any = bar) -> None:
                 write_line(file, {"side": side, "prediction": prediction})

@@ -23,6 +23,7 @@ from eval_lslora import base_name, load_model, positive, write_whole
 from lslora.data import Example, Row, load_examples, load_rows
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
+from lslora.progress import bars_hidden, hide_library_bars
 from lslora.prompts import example_ids
 from lslora.scoring import compare, format_comparison, format_table, summarize
 
@@ -41,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_whole(args.output / "export.json", json.dumps(results, ensure_ascii=False, indent=1))
-    report(results)
+    if not args.quiet:
+        report(results)
     return 0
 
 
@@ -56,15 +58,18 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=positive, metavar="R", help="of the plain adapter; by default the same")
     parser.add_argument("--tolerance", type=float, default=0.1, help="largest relative error of a layer's update")
     parser.add_argument("--eval_dataset", type=Path, metavar="FILE", help="rows to answer before and after")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no tables, only errors")
     return parser.parse_args(arguments)
 
 
 def export(args: argparse.Namespace, base: str, examples: list[Example], eval_rows: list[Row]) -> dict[str, Any]:
     """Write the adapter; what `export.json` holds."""
+    if bars_hidden(args.quiet):
+        hide_library_bars()
     model, tokenizer = load_model(base, args.adapter, "auto")
     model.eval()
     with observe_updates(model, rank=args.rank) as moments, torch.inference_mode():
-        for example in tqdm(examples, desc="Calibrating", unit="row"):
+        for example in tqdm(examples, desc="Calibrating", unit="row", disable=bars_hidden(args.quiet)):
             model(input_ids=torch.tensor([example_ids(tokenizer, example)], device=model.device))
     errors = export_lora(model, moments, args.output, rank=args.rank, tolerance=args.tolerance)
     results: dict[str, Any] = {
@@ -75,17 +80,17 @@ def export(args: argparse.Namespace, base: str, examples: list[Example], eval_ro
         "errors": errors,
     }
     if eval_rows:
-        before = answers(model, tokenizer, eval_rows, args.chat_template, "LS-LoRA")
+        before = answers(model, tokenizer, eval_rows, args, "LS-LoRA")
         plain = PeftModel.from_pretrained(model.unload(), args.output).eval()
-        after = answers(plain, tokenizer, eval_rows, args.chat_template, "plain LoRA")
+        after = answers(plain, tokenizer, eval_rows, args, "plain LoRA")
         results["evaluation"] = {"lslora": summarize(before), "plain": summarize(after)}
         results["comparison"] = compare(before, after)
     return results
 
 
-def answers(model: Any, tokenizer: Any, rows: list[Row], chat_template: bool, name: str) -> Any:
-    with tqdm(total=len(rows), desc=f"Answering ({name})", unit="row") as bar:
-        return evaluate(model, tokenizer, rows, chat_template=chat_template, on_prediction=lambda _: bar.update())
+def answers(model: Any, tokenizer: Any, rows: list[Row], args: argparse.Namespace, name: str) -> Any:
+    with tqdm(total=len(rows), desc=f"Answering ({name})", unit="row", disable=bars_hidden(args.quiet)) as bar:
+        return evaluate(model, tokenizer, rows, chat_template=args.chat_template, on_prediction=lambda _: bar.update())
 
 
 def report(results: dict[str, Any]) -> None:

@@ -7,9 +7,11 @@ written is described in the README, "Training".
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from contextlib import nullcontext
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--logging_steps", type=int, default=10)
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     group.add_argument("--report_to", nargs="+", default=["none"], help="wandb, tensorboard, trackio, ...")
+    group.add_argument("--quiet", action="store_true", help="no progress bars, no log and no tables, only errors")
     args = parser.parse_args(argv)
     if args.recommended:
         parser.set_defaults(**recommended_defaults(args))
@@ -147,8 +150,12 @@ def missing_model(model_name: str, *, chats: bool) -> list[str]:
 
 def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row]) -> None:
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import SFTTrainer
 
+    from lslora.callback import SplineCallback
+    from lslora.progress import bars_hidden, hide_library_bars
+    from lslora.report import write_report
     from lslora.training import SplineTrainerMixin
 
     class SplineSFTTrainer(SplineTrainerMixin, SFTTrainer):
@@ -156,6 +163,8 @@ def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row
 
     if "wandb" in args.report_to:
         wandb_offline_without_key()
+    if bars_hidden(args.quiet):
+        hide_library_bars()
     model, tokenizer = load_model(args)
     trainer = SplineSFTTrainer(
         model=model,
@@ -164,18 +173,25 @@ def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row
         processing_class=tokenizer,
         peft_config=adapter_config(args),
         spline_lr_ratio=args.spline_lr_ratio,
+        callbacks=[SplineCallback()] if args.method == "lslora" else [],
     )
-    if trainer.is_world_process_zero():
+    speaks = trainer.is_world_process_zero() and not args.quiet
+    if speaks:
         trainer.model.print_trainable_parameters()
+    else:
+        trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=args.resume)
     trainer.save_model()
     trainer.save_state()
     if args.method == "lslora":
         report_splines(trainer, args)
-    accuracy = report_accuracy(trainer, tokenizer, eval_rows, args) if eval_rows else None
+    evaluation = report_accuracy(trainer, tokenizer, eval_rows, args) if eval_rows else {}
     if trainer.is_world_process_zero():
-        write_card(trainer, args, accuracy)
-        print(f"\nAdapter, log and report are in {args.output_dir}")
+        write_card(trainer, args, evaluation.get("accuracy"))
+        write_run(args, evaluation)
+        report = write_report(args.output_dir)
+    if speaks:
+        print(f"\nAdapter, log and report are in {args.output_dir}; open {report}")
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -232,6 +248,8 @@ def trainer_config(args: argparse.Namespace) -> Any:
     import torch
     from trl import SFTConfig
 
+    from lslora.progress import bars_hidden
+
     return SFTConfig(
         output_dir=args.output_dir,
         max_steps=args.max_steps,
@@ -253,6 +271,7 @@ def trainer_config(args: argparse.Namespace) -> Any:
         save_steps=args.save_steps,
         logging_steps=args.logging_steps,
         report_to=args.report_to,
+        disable_tqdm=bars_hidden(args.quiet),
     )
 
 
@@ -267,28 +286,36 @@ def wandb_offline_without_key() -> None:
 
 
 def report_splines(trainer: Any, args: argparse.Namespace) -> None:
-    """`spline_diagnostics.json`, `spline_curves.png`, and a table in the terminal."""
+    """`spline_diagnostics.json`, pictures of the splines, and a table in the terminal."""
     from rich.console import Console
 
-    from lslora.diagnostics import observe_occupancy, plot_splines, save_records, spline_records, spline_table
+    from lslora import plots
+    from lslora.callback import DIAGNOSTICS
+    from lslora.diagnostics import observe_occupancy, save_records, spline_records, spline_table
+    from lslora.progress import bars_hidden
 
     with observe_occupancy(trainer.model) as occupancy:
-        run_batches(trainer, OCCUPANCY_BATCHES)
+        run_batches(trainer, OCCUPANCY_BATCHES, silent=bars_hidden(args.quiet))
     records = spline_records(trainer.model, occupancy=occupancy)  # every process takes part: each may hold a shard
     if not trainer.is_world_process_zero():
         return
-    save_records(records, Path(args.output_dir) / "spline_diagnostics.json")
-    plot_splines(records, Path(args.output_dir) / "spline_curves.png")
-    Console().print(spline_table(records))
+    folder = Path(args.output_dir)
+    save_records(records, folder / DIAGNOSTICS)
+    plots.plot_splines(records).savefig(folder / "spline_curves.png", dpi=130)
+    plots.plot_deviations(records).savefig(folder / "spline_deviations.png", dpi=130)
+    if not args.quiet:
+        Console().print(spline_table(records))
 
 
-def run_batches(trainer: Any, count: int) -> None:
+def run_batches(trainer: Any, count: int, *, silent: bool) -> None:
     """Forward passes over the first training batches, in eval mode."""
     import torch
+    from tqdm import tqdm
 
     trainer.model.eval()
+    steps = tqdm(range(count), desc="Looking at the splines", unit="batch", disable=silent)
     with torch.inference_mode():
-        for _, batch in zip(range(count), trainer.get_train_dataloader(), strict=False):
+        for _, batch in zip(steps, trainer.get_train_dataloader(), strict=False):
             batch.pop("labels")
             trainer.model(**batch)
 
@@ -297,14 +324,18 @@ def report_accuracy(trainer: Any, tokenizer: Any, rows: list[Row], args: argpars
     """Answer the evaluation rows without and with the adapter; print both and how they differ.
 
     Every process answers all rows, since each may hold a shard of the model; the first one prints.
+
+    Returns:
+        `accuracy`, heading to summary, and their `comparison`.
     """
     from tqdm import tqdm
 
     from lslora.evaluation import evaluate
+    from lslora.progress import bars_hidden
     from lslora.scoring import compare, format_comparison, format_table, summarize
 
     predictions = {}
-    silent = not trainer.is_world_process_zero()
+    silent = bars_hidden(args.quiet) or not trainer.is_world_process_zero()
     for name, adapter in (("base", trainer.model.disable_adapter()), (args.method, nullcontext())):
         with adapter, tqdm(total=len(rows), desc=f"Answering ({name})", unit="row", disable=silent) as bar:
             predictions[name] = evaluate(
@@ -315,22 +346,35 @@ def report_accuracy(trainer: Any, tokenizer: Any, rows: list[Row], args: argpars
                 on_prediction=lambda _: bar.update(),
             )
     summaries = {name: summarize(found) for name, found in predictions.items()}
-    if silent:
-        return summaries
-    print(f"\nAccuracy on {args.eval_dataset_path} in per cent, with 95 % intervals")
-    print(format_table(summaries))
-    print(f"\n{args.method} minus base")
-    print(format_comparison(compare(*predictions.values())))
-    return summaries
+    comparison = compare(*predictions.values())
+    if trainer.is_world_process_zero() and not args.quiet:
+        print(f"\nAccuracy on {args.eval_dataset_path} in per cent, with 95 % intervals")
+        print(format_table(summaries))
+        print(f"\n{args.method} minus base")
+        print(format_comparison(comparison))
+    return {"accuracy": summaries, "comparison": comparison}
 
 
 def write_card(trainer: Any, args: argparse.Namespace, accuracy: dict[str, Any] | None) -> None:
     from lslora.card import model_card
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "resume")}
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    card = model_card(args.model_name, args.method, settings, losses=losses, accuracy=accuracy)
+    card = model_card(args.model_name, args.method, settings_of(args), losses=losses, accuracy=accuracy)
     (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_run(args: argparse.Namespace, evaluation: dict[str, Any]) -> None:
+    """`run.json`: what the run was told, what ran it, and how the model answered."""
+    from lslora.report import RUN
+
+    packages = ("lslora", "peft", "torch", "transformers", "trl")
+    versions = {package: version(package) for package in packages}
+    run = {"settings": settings_of(args), "versions": versions, **evaluation}
+    (Path(args.output_dir) / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name not in ("output_dir", "resume", "quiet")}
 
 
 if __name__ == "__main__":

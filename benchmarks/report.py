@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import ttest_rel
 
-from lslora.diagnostics import AVERAGED, live_intervals, plot_splines
+from lslora.diagnostics import AVERAGED, live_intervals
+from lslora.plots import plot_deviations
 
 Record = dict[str, Any]
 Cell = dict[float, dict[int, Record]]  # learning rate → seed → record
@@ -60,7 +61,7 @@ def draw(records: list[Record], folder: Path) -> None:
     for (r, name), cell in cells.items():
         record = next(iter(cell[best_rate(cell)].values()))
         if "splines" in record:
-            plot_splines(record["splines"], folder / f"splines_{name}_r{r}.png")
+            plot_deviations(record["splines"]).savefig(folder / f"splines_{name}_r{r}.png", dpi=130)
     plot_rates(cells, folder / "learning_rates.png")
     plot_differences(cells, metrics_of(records), "lora", folder / "differences.png")
     plot_curves(cells, folder / "learning_curves.png")

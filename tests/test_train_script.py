@@ -91,7 +91,8 @@ def test_a_run_leaves_everything_it_promises(tiny, tmp_path, capsys):
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "spline_diagnostics.json",
-        "spline_curves.png", "trainer_state.json", "tokenizer.json", "checkpoint-4",
+        "spline_curves.png", "spline_deviations.png", "spline_course.jsonl", "run.json", "report.html",
+        "trainer_state.json", "tokenizer.json", "checkpoint-4",
     }  # fmt: skip
     log = log_of(tmp_path)
     assert [entry["step"] for entry in log] == [1, 2, 3, 4]
@@ -112,6 +113,19 @@ def test_a_run_leaves_everything_it_promises(tiny, tmp_path, capsys):
 
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert model.peft_config["default"].peft_type == "LSLORA"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_log_file_holds_no_progress_bars(tiny, tmp_path, quiet):
+    """And nothing at all after `--quiet`, but for the warnings of libraries."""
+    command = [sys.executable, ROOT / "train_lslora.py", "--model_name", tiny / "model", "--max_steps", 2, "--r", 2]
+    command += ["--dataset_path", tiny / "train.jsonl", "--output_dir", tmp_path, "--logging_steps", 1]
+    command += ["--eval_dataset_path", tiny / "train.jsonl", *["--quiet"] * quiet]
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}  # whose value is printed
+    done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, check=True)
+    assert "it/s" not in done.stderr and "%|" not in done.stderr and "\r" not in done.stderr
+    assert (done.stdout == "") == quiet
+    assert quiet or "'loss'" in done.stdout
 
 
 def test_resume_goes_on_where_a_run_stopped(tiny, tmp_path):
@@ -237,9 +251,10 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny, tmp_path, monkeypatch, 
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
-    events = EventAccumulator(str(folder)).Reload()
-    assert {"train/loss", "train/spline/deviation"} <= set(events.Tags()["scalars"])
+    pictures, numbers = sorted({path.parent for path in tmp_path.rglob("events.out.tfevents.*")}, reverse=True)
+    assert "spline/splines" in EventAccumulator(str(pictures)).Reload().Tags()["images"]
+    tags = EventAccumulator(str(numbers)).Reload().Tags()
+    assert {"train/loss", "train/spline/deviation"} <= set(tags["scalars"])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""What the splines of a model look like: model → records; records → metrics, table, picture.
+"""What the splines of a model look like: model → records; records → metrics, table (and pictures: `lslora.plots`).
 
-A record is a flat dict of one layer's spline:
+A record is a flat dict of one layer's spline; `pandas.DataFrame(records)` is a table of them:
 
 | key | meaning |
 |---|---|
@@ -11,6 +11,7 @@ A record is a flat dict of one layer's spline:
 | `input_scale`, `output_scale` | numbers, 1 at the start |
 | `grid_scale` | what the grid is stretched by (see `calibration_steps`), else 1; `grid`, `values` are unstretched |
 | `occupancy` | share of the elements of z below the grid, in each of its K − 1 intervals, and above it; or None |
+| `density` | the same of z within the grid in finer bins, `BINS` or more of equal width; or None |
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 AVERAGED = ("deviation", "slope_variance", "input_scale", "output_scale")
-MAX_PANELS = 100
+BINS = 48
 LIVE_SHARE = 0.01
 
 
@@ -57,7 +58,9 @@ def spline_records(
         raise ValueError(f"model must have LS-LoRA layers with an adapter named {adapter_name!r}, found none")
     records = _records(model, splines)
     for record in records:
-        record["occupancy"] = occupancy.shares(record["layer"]) if occupancy else None
+        shares = occupancy.shares(record["layer"]) if occupancy else None
+        record["occupancy"] = shares and _per_interval(shares, len(record["grid"]) - 1)
+        record["density"] = shares and shares[1:-1]
     return records
 
 
@@ -66,11 +69,21 @@ def spline_metrics(model: nn.Module) -> dict[str, float]:
 
     Under FSDP every process must call it: the parameters are gathered.
     """
+    return mean_metrics(trained_records(model))
+
+
+def trained_records(model: nn.Module) -> list[Record]:
+    """Records of the splines that are being trained, whatever their adapter's name; without occupancy and density.
+
+    Under FSDP every process must call it: the parameters are gathered.
+    """
     splines = {n: s for n, s in model.named_modules() if isinstance(s, Spline) and s.weight.requires_grad}
-    if not splines:
-        return {}
-    records = _records(model, splines)
-    return {f"spline/{key}": math.fsum(r[key] for r in records) / len(records) for key in AVERAGED}
+    return _records(model, {_layer_of(name): spline for name, spline in splines.items()})
+
+
+def mean_metrics(records: list[Record]) -> dict[str, float]:
+    """Averages over the records, as `spline/<key>`; empty without any."""
+    return {f"spline/{key}": math.fsum(r[key] for r in records) / len(records) for key in AVERAGED if records}
 
 
 def verdict(record: Record) -> str:
@@ -98,7 +111,7 @@ def live_intervals(record: Record) -> float | None:
 
 
 class Occupancy:
-    """Counts of z below, in each interval of, and above the grid, per layer."""
+    """Counts of z, per layer: below the grid, in equal bins of it (as many for every interval), and above it."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Tensor] = {}
@@ -108,11 +121,14 @@ class Occupancy:
             if not spline.is_calibrated:
                 return
             z = z / spline.grid_scale
-        edges = spline.grid.to(z.device)
+        knots = spline.grid.to(z.device)
+        bins = (len(knots) - 1) * math.ceil(BINS / (len(knots) - 1))
+        edges = torch.linspace(knots[0].item(), knots[-1].item(), bins + 1, device=z.device)
         counts = torch.bincount(torch.bucketize(z.float().flatten(), edges), minlength=len(edges) + 1).cpu()
         self.counts[layer] = self.counts.get(layer, torch.zeros_like(counts)) + counts
 
     def shares(self, layer: str) -> list[float] | None:
+        """Share of the elements in each; None if there were none."""
         counts = self.counts.get(layer)
         return None if counts is None or not counts.sum() else (counts / counts.sum()).tolist()
 
@@ -147,6 +163,19 @@ def save_records(records: list[Record], path: str | Path) -> None:
     os.replace(temporary, path)
 
 
+def load_records(path: str | Path) -> list[Record]:
+    """The records that `save_records` wrote.
+
+    Raises:
+        ValueError: the file is no such file.
+        OSError: it cannot be read.
+    """
+    try:
+        return list(json.loads(Path(path).read_text(encoding="utf-8"))["layers"])
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a file that save_records wrote: {error!r}") from error
+
+
 def spline_table(records: list[Record], max_rows: int = 12) -> Table:
     """A table for the terminal: the layers that deviate most, and the mean over all of them."""
     from rich.table import Table
@@ -160,7 +189,12 @@ def spline_table(records: list[Record], max_rows: int = 12) -> Table:
     for record in shown:
         live = live_intervals(record)
         numbers = [f"{record[key]:.4f}" for key in AVERAGED]
-        table.add_row(_short(record["layer"]), *numbers, "-" if live is None else f"{live:.0%}", verdict(record))
+        table.add_row(
+            record["layer"].removeprefix("model.layers."),
+            *numbers,
+            "-" if live is None else f"{live:.0%}",
+            verdict(record),
+        )
     observed = [live for live in map(live_intervals, records) if live is not None]
     table.add_section()
     table.add_row(
@@ -172,44 +206,24 @@ def spline_table(records: list[Record], max_rows: int = 12) -> Table:
     return table
 
 
-def plot_splines(records: list[Record], path: str | Path) -> None:
-    """Draw `φ(t) − t` of every layer against t and save the picture (PNG, by the path's ending).
-
-    Up to 100 layers get a panel each. More are drawn as one panel for each module type (`q_proj`, `down_proj`, …),
-    one line a layer, coloured by depth. Deviations are drawn because φ itself hugs the diagonal.
-    """
-    from matplotlib.figure import Figure
-
-    groups = _panels(records)
-    columns = min(math.ceil(math.sqrt(len(groups))), 10)
-    rows = math.ceil(len(groups) / columns)
-    figure = Figure(figsize=(1.2 + 2.4 * columns, 1.2 + 1.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    colours = _depth_colours(max(map(len, groups.values())))
-    for axis, (title, members) in zip(axes.flat, groups.items(), strict=False):
-        axis.axhline(0, color="0.6", linewidth=0.8)
-        for record, colour in zip(members, colours, strict=False):
-            offsets = [v - k for v, k in zip(record["values"], record["grid"], strict=True)]
-            axis.plot(record["grid"], offsets, color=colour, linewidth=1, marker="o", markersize=2)
-        axis.set_title(title, fontsize=8)
-        axis.tick_params(labelsize=7)
-    for axis in axes.flat[len(groups) :]:
-        axis.set_visible(False)
-    figure.suptitle(f"What {len(records)} splines add to plain LoRA", fontsize=11)
-    figure.supxlabel("t, the scaled LoRA update", fontsize=9)
-    figure.supylabel("φ(t) − t", fontsize=9)
-    if len(groups) < len(records):
-        _depth_colourbar(figure, axes)
-    figure.savefig(path, dpi=130)
+def _per_interval(shares: list[float], intervals: int) -> list[float]:
+    """The shares with those of the bins of each interval added up."""
+    inner, width = shares[1:-1], (len(shares) - 2) // intervals
+    sums = [math.fsum(inner[i : i + width]) for i in range(0, len(inner), width)]
+    return [shares[0], *sums, shares[-1]]
 
 
 def _named_splines(model: nn.Module, adapter_name: str) -> dict[str, Spline]:
-    suffix = f".lora_spline.{adapter_name}"
     return {
-        name.removesuffix(suffix).removeprefix("base_model.model."): module
+        _layer_of(name, adapter_name): module
         for name, module in model.named_modules()
-        if isinstance(module, Spline) and name.endswith(suffix)
+        if isinstance(module, Spline) and name.endswith(f".lora_spline.{adapter_name}")
     }
+
+
+def _layer_of(name: str, adapter_name: str = "default") -> str:
+    """The adapted layer that the spline of this name belongs to; splines of another adapter keep their whole name."""
+    return name.removesuffix(f".lora_spline.{adapter_name}").removeprefix("base_model.model.")
 
 
 def _records(model: nn.Module, splines: dict[str, Spline]) -> list[Record]:
@@ -249,26 +263,3 @@ def _record(layer: str, spline: Spline) -> Record:
 
 def _short(layer: str) -> str:
     return layer.removeprefix("model.layers.")
-
-
-def _panels(records: list[Record]) -> dict[str, list[Record]]:
-    """Title → records of every panel."""
-    if len(records) <= MAX_PANELS:
-        return {_short(record["layer"]): [record] for record in records}
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record["layer"].rpartition(".")[2], []).append(record)
-    return groups
-
-
-def _depth_colours(count: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](i / max(count - 1, 1)) for i in range(count)]
-
-
-def _depth_colourbar(figure: Any, axes: Any) -> None:
-    from matplotlib.cm import ScalarMappable
-
-    bar = figure.colorbar(ScalarMappable(cmap="viridis"), ax=axes, shrink=0.6, ticks=[0, 1])
-    bar.ax.set_yticklabels(["first layer", "last layer"], fontsize=8)

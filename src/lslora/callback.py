@@ -1,0 +1,131 @@
+"""A callback that shows a trainer's splines: numbers at every log, pictures now and then, and files for the report.
+
+Trainer(model, ..., callbacks=[SplineCallback()])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .diagnostics import Record, mean_metrics, save_records, trained_records
+from .plots import plot_deviations, plot_heatmap, plot_splines
+from .trackers import Tracker, trackers_of
+
+COURSE = "spline_course.jsonl"
+DIAGNOSTICS = "spline_diagnostics.json"
+PICTURES = {"splines": plot_splines, "deviations": plot_deviations, "heatmap": plot_heatmap}
+
+
+class SplineCallback(TrainerCallback):
+    """Shows the trained splines of any `transformers.Trainer`.
+
+    At every log of the loss their averages (`lslora.diagnostics.mean_metrics`) go into the log history, and the state
+    of every layer into `spline_course.jsonl` in the output folder. Every `picture_steps` steps and at the end of the
+    training, pictures go to those of wandb, TensorBoard and trackio that the trainer reports to; at the end, the
+    records are saved as `spline_diagnostics.json`. `SplineTrainerMixin` logs the averages as well; together with it
+    they are logged once.
+
+    Args:
+        picture_steps: Optimizer steps from picture to picture, ≥ 1.
+
+    Raises:
+        ValueError: `picture_steps` is below 1; or, when the training begins, no spline of the model is trained.
+    """
+
+    def __init__(self, picture_steps: int = 100) -> None:
+        if picture_steps < 1:
+            raise ValueError(f"picture_steps must be at least 1, got {picture_steps}")
+        self.picture_steps = picture_steps
+        self._trackers: list[Tracker] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not trained_records(model):
+            raise ValueError("SplineCallback needs a model that trains LS-LoRA splines, found none")
+        if state.is_world_process_zero:
+            self._trackers = trackers_of(args)
+            kept = [entry for entry in load_course(_folder(args)) if entry["step"] <= state.global_step]
+            _write_course(_folder(args) / COURSE, kept)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        records = trained_records(model)  # every process takes part: each may hold a shard
+        if not state.is_world_process_zero:
+            return
+        with open(_folder(args) / COURSE, "a", encoding="utf-8") as file:
+            file.write(_course_line(state.global_step, records))
+        metrics = mean_metrics(records)
+        if not metrics.keys() <= logs.keys():
+            logs.update(metrics)
+            state.log_history[-1].update(metrics)
+            for tracker in self._trackers:
+                tracker.log_numbers(metrics, state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step % self.picture_steps and not control.should_training_stop:
+            return
+        records = trained_records(model)
+        if state.is_world_process_zero:
+            # Not on_train_end: the trackers' own callbacks, which come first, close their runs there.
+            if control.should_training_stop:
+                save_records(records, _folder(args) / DIAGNOSTICS)
+            if self._trackers:
+                pictures = {f"spline/{name}": plot(records) for name, plot in PICTURES.items()}
+                for tracker in self._trackers:
+                    tracker.log_pictures(pictures, state.global_step)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
+
+
+def load_course(folder: str | Path) -> list[dict[str, Any]]:
+    """What `SplineCallback` wrote into an output folder over a training.
+
+    Returns:
+        For every log `{"step": step, "layers": {name: [deviation, slope variance]}}`; empty without the file. A last
+        line that was cut short is left out.
+
+    Raises:
+        ValueError: the file is of another kind.
+    """
+    path = Path(folder) / COURSE
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    try:
+        return [{"step": entry["step"], "layers": entry["layers"]} for entry in map(json.loads, lines)]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a file that SplineCallback wrote: {error!r}") from error
+
+
+def _course_line(step: int, records: Iterable[Record]) -> str:
+    layers = {r["layer"]: [float(f"{r[key]:.6g}") for key in ("deviation", "slope_variance")] for r in records}
+    return json.dumps({"step": step, "layers": layers}) + "\n"
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(str(args.output_dir))
+
+
+def _write_course(path: Path, entries: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    temporary.replace(path)

@@ -40,6 +40,7 @@ ALLOWED = {
     "training": {"calibration", "diagnostics", "layer", "spline"},
     "evaluation": {"answers", "data", "likelihood", "prompts", "scoring"},
     "card": {"embedded", "scoring"},
+    "lm_eval": {"answers", "data", "evaluation"},
     "export": {"config", "layer", "placement"},
 }
 

@@ -13,7 +13,7 @@ def bars_hidden(quiet: bool) -> bool:
 
 
 def hide_library_bars() -> None:
-    """No bars of transformers and, where it is installed, datasets, such as those of loading weights and of mapping."""
+    """No bars of transformers and, where it is installed, of datasets."""
     logging.disable_progress_bar()
     try:
         import datasets

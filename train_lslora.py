@@ -23,7 +23,7 @@ TRACKERS = ("wandb", "tensorboard", "trackio")
 OCCUPANCY_BATCHES = 8
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     group = parser.add_argument_group("what to train")
@@ -81,10 +81,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     group.add_argument("--report_to", nargs="+", default=["none"], help="wandb, tensorboard, trackio, ...")
     group.add_argument("--quiet", action="store_true", help="no progress bars, no log and no tables, only errors")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    known = parser()
+    args = known.parse_args(argv)
     if args.recommended:
-        parser.set_defaults(**recommended_defaults(args))
-        args = parser.parse_args(argv)
+        known.set_defaults(**recommended_defaults(args))
+        args = known.parse_args(argv)
     return args
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from lslora import LSLoraConfig
 from lslora.callback import COURSE, DIAGNOSTICS, SplineCallback, load_course
-from lslora.diagnostics import load_records, spline_metrics, trained_records
+from lslora.diagnostics import load_records, spline_metrics, spline_table, trained_records
 from lslora.training import SplineTrainerMixin
 
 ROWS = [{"input_ids": torch.arange(i, i + 6), "labels": torch.arange(i, i + 6)} for i in range(8)]
@@ -55,6 +55,7 @@ def test_log_course_and_records(tmp_path, trainer):
         assert logged["spline/deviation"] == pytest.approx(sum(deviations) / 4, rel=1e-5)
         assert logged["spline/deviation"] > 0
     assert log[-1].items() >= spline_metrics(made.model).items()
+    assert spline_table(load_records(tmp_path / DIAGNOSTICS)).row_count == 5  # what was not observed is told so
     assert [r["values"] for r in load_records(tmp_path / DIAGNOSTICS)] == [
         r["values"] for r in trained_records(made.model)
     ]

@@ -3,6 +3,8 @@
 Importing this package registers the method with peft, in memory; that is its only side effect.
 """
 
+from importlib.metadata import version
+
 from . import registry
 
 registry.register()
@@ -13,4 +15,5 @@ from .model import LSLoraModel  # noqa: E402
 from .penalty import spline_penalty  # noqa: E402
 from .spline import Spline  # noqa: E402
 
+__version__ = version("lslora")
 __all__ = ["LSLoraConfig", "LSLoraLayer", "LSLoraModel", "Spline", "spline_penalty"]

@@ -58,9 +58,9 @@ def spline_records(
         raise ValueError(f"model must have LS-LoRA layers with an adapter named {adapter_name!r}, found none")
     records = _records(model, splines)
     for record in records:
-        shares = occupancy.shares(record["layer"]) if occupancy else None
-        record["occupancy"] = shares and _per_interval(shares, len(record["grid"]) - 1)
-        record["density"] = shares and shares[1:-1]
+        if occupancy and (shares := occupancy.shares(record["layer"])):
+            record["occupancy"] = _per_interval(shares, len(record["grid"]) - 1)
+            record["density"] = shares[1:-1]
     return records
 
 
@@ -258,6 +258,8 @@ def _record(layer: str, spline: Spline) -> Record:
         "grid_scale": 1.0 if spline.grid_scale is None else spline.grid_scale.item(),
         "input_scale": spline.input_scale.item(),
         "output_scale": spline.output_scale.item(),
+        "occupancy": None,
+        "density": None,
     }
 
 

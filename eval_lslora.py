@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = read_rows(args.dataset, args.limit, args.seed)
         row_scorers(rows, args.scorer)
         settings = settings_of(args)
+        check_chat_template(args.chat_template, settings["model_name"])
         file, known = open_partial(partial_path(args.output), settings)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -118,6 +119,11 @@ def base_name(adapter: Path | None, given: str | None) -> str:
     if not (given or named):
         raise ValueError(f"{adapter} does not name its base model: give it with --model_name")
     return str(given or named)
+
+
+def check_chat_template(wanted: bool, model_name: str) -> None:
+    if wanted and not AutoTokenizer.from_pretrained(resolve_model_name(model_name)).chat_template:
+        raise ValueError(f"--chat_template needs a tokenizer that has one, that of {model_name} has none")
 
 
 def sha256(paths: list[Path]) -> str:

@@ -457,6 +457,21 @@ def test_script_measures_adapter_and_base_and_compares_them(script, arguments, t
     assert f"McNemar p = {results['comparison']['mcnemar_p']:.4g}" in printed
 
 
+def test_script_asks_with_the_chat_template(script, arguments, tokenizer, capsys):
+    assert script.main(command(arguments, "--chat_template")) == 2
+    assert "--chat_template needs a tokenizer that has one" in capsys.readouterr().err
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = CHAT
+    chatty.save_pretrained(arguments["--adapter"].parent / "base")
+    assert script.main(command(arguments, "--chat_template", "--quiet")) == 0
+    assert capsys.readouterr().out == ""
+    results = json.loads(arguments["--output"].read_text(encoding="utf-8"))
+    tuned = PeftModel.from_pretrained(make_model(dtype=torch.float32), arguments["--adapter"])
+    expected = evaluate(tuned, chatty, ALL_ROWS, batch_size=3, max_new_tokens=3, chat_template=True)
+    assert_same_predictions(results["predictions"], expected)
+    assert expected != evaluate(tuned, chatty, ALL_ROWS, batch_size=3, max_new_tokens=3)
+
+
 def test_script_measures_a_base_alone(script, arguments):
     model_name = arguments.pop("--adapter").parent / "base"
     assert script.main(command(arguments | {"--model_name": model_name})) == 0

@@ -90,6 +90,15 @@ def test_what_is_not_there_is_said(folder, tmp_path):
         assert sentence in page
 
 
+def test_splines_of_an_earlier_run_are_not_shown(folder):
+    run = json.loads((folder / "run.json").read_text())
+    run["settings"]["method"] = "lora"
+    (folder / "run.json").write_text(json.dumps(run))
+    page = write_report(folder).read_text()
+    assert list(pictures_of(page)) == ["training", "accuracy"]
+    assert "left no records of splines: it trained plain LoRA." in page
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

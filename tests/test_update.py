@@ -58,7 +58,10 @@ def formula(result, h, weight, offsets, input_scale, output_scale, extrapolation
 
 def fused(*operands, extrapolation):
     grid = {"k_min": -3.0, "k_max": 3.0, "extrapolation": extrapolation}
-    return update(*operands, stretch=torch.tensor([STRETCH]), scaling=SCALING, **grid)
+    *operands, input_scale, output_scale = operands
+    return update(
+        *operands, input_scale - 1, output_scale - 1, stretch=torch.tensor([STRETCH]), scaling=SCALING, **grid
+    )
 
 
 def results(function, operands, dtype, extrapolation="clamp"):

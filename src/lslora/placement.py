@@ -40,8 +40,10 @@ class OutputVariant(SplineVariant):
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         a = adapter(module, active_adapter)
         h, weight = a.A(x), _weight_alone(a.B)
-        if weight is not None and _is_plain(a.spline, Spline) and a.spline.takes_update(result, h, weight):
-            return a.spline.update(result, h, weight, a.scaling)
+        if weight is not None and _is_plain(a.spline, Spline):
+            updated = a.spline.update(result, h, weight, a.scaling)
+            if updated is not None:
+                return updated
         update = a.spline(a.B(h) * a.scaling)
         return (result + _as_base(module, update)).to(result.dtype)
 

@@ -143,27 +143,30 @@ class Spline(nn.Module):
             return z + nothing.to(z.dtype)
         return (self._spline(z / self.grid_scale) * self.grid_scale).to(z.dtype)
 
-    def takes_update(self, result: Tensor, h: Tensor, weight: Tensor) -> bool:
-        """Whether `update` can be called with these tensors now."""
-        return (
-            self.interpolation_method == "piecewise"
-            and not self.waits
-            and not isinstance(backend_for(result, h, weight), str)
-        )
+    def update(self, result: Tensor, h: Tensor, weight: Tensor, scaling: float) -> Tensor | None:
+        """`result + self(scaling · h weightᵀ)` in one operation; None where it takes several now.
 
-    def update(self, result: Tensor, h: Tensor, weight: Tensor, scaling: float) -> Tensor:
-        """`result + self(scaling · h weightᵀ)` in one operation; see `lslora.ops.update.update`."""
+        See `lslora.ops.update.update`.
+        """
         self._check_engine()
+        if self.interpolation_method != "piecewise" or self.waits:
+            return None
+        backend = backend_for(result, h, weight)
+        if isinstance(backend, str):
+            return None
         return update(
             result,
             h,
             weight,
-            *self._trained(),
+            self._offsets(),
+            self.input_scale_offset,
+            self.output_scale_offset,
             stretch=self.weight.new_ones(1) if self.grid_scale is None else self.grid_scale,
             scaling=scaling,
             k_min=self.k_min,
             k_max=self.k_max,
             extrapolation=self.extrapolation,
+            backend=backend,
         )
 
     def _check_engine(self) -> None:
@@ -178,16 +181,17 @@ class Spline(nn.Module):
                 "lslora.training.prepare_for_deepspeed, or train with lslora.training.SplineTrainerMixin"
             )
 
-    def _trained(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Offsets and both scales, as a forward pass uses them."""
+    def _offsets(self) -> Tensor:
+        """The offsets as a forward pass uses them."""
         penalised = self.micro_batches is not None and self.spline_reg_weight
-        offsets = penalty.pulled_in_backward(self) if penalised else self.weight
-        return offsets, self.input_scale, self.output_scale
+        return penalty.pulled_in_backward(self) if penalised else self.weight
 
     def _spline(self, z: Tensor) -> Tensor:
         return spline(
             z,
-            *self._trained(),
+            self._offsets(),
+            self.input_scale,
+            self.output_scale,
             k_min=self.k_min,
             k_max=self.k_max,
             interpolation_method=self.interpolation_method,

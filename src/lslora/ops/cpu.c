@@ -18,10 +18,11 @@
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* stretch * spline(scaling * x / stretch), as Python hands it over; stretch may be NULL for 1. */
+/* stretch * spline(scaling * x / stretch), as Python hands it over; stretch may be NULL for 1. A scale is origin plus
+   what is pointed to, which may be NULL for 0: the scale itself from 0, or its deviation from 1. */
 typedef struct {
-    const float *offsets, *input_scale, *output_scale, *stretch;
-    float scaling, k_min, k_max;
+    const float *offsets, *scale_in, *scale_out, *stretch;
+    float scaling, origin, k_min, k_max;
     int knots, clamps; /* extrapolation: clamp (1) or linear (0) */
 } Spline;
 
@@ -80,11 +81,13 @@ INLINE Floats clamp(Floats x, float low, float high) { return at_most(all(high),
 
 static float stretch_of(const Spline *spline) { return spline->stretch ? *spline->stretch : 1.0f; }
 
+static float scale_of(const Spline *spline, const float *scale) { return spline->origin + (scale ? *scale : 0.0f); }
+
 static Shape shape_of(const Spline *spline) {
     float stretch = stretch_of(spline), per_spacing = (spline->knots - 1) / (spline->k_max - spline->k_min);
     return (Shape){
-        spline->scaling / stretch, spline->k_min,          spline->k_max, per_spacing, *spline->input_scale,
-        *spline->output_scale * stretch, spline->knots - 1, spline->clamps};
+        spline->scaling / stretch, spline->k_min,          spline->k_max, per_spacing, scale_of(spline, spline->scale_in),
+        scale_of(spline, spline->scale_out) * stretch, spline->knots - 1, spline->clamps};
 }
 
 INLINE Place place(Floats input, const Shape *s) {
@@ -245,7 +248,7 @@ void spline_backward(const float *g, const float *input, float *grad, long n, co
 /* From the sums the gradients of the offsets (K numbers), input_scale and output_scale; see from_ramps. */
 void spline_gradients(const Spline *spline, const double *sums, float *out) {
     const int count = spline->knots - 1;
-    const double stretch = stretch_of(spline), scale = stretch * *spline->output_scale;
+    const double stretch = stretch_of(spline), scale = stretch * scale_of(spline, spline->scale_out);
     double before = sums[count], value = sums[count + 1]; /* the ramp before the first knot is 1 everywhere */
     for (int i = 0; i <= count; i++) {
         double after = i < count ? sums[i] : 0, knot = before - after;

@@ -30,8 +30,8 @@ class _Spline(ctypes.Structure):
     """`Spline` of cpu.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("offsets", "input_scale", "output_scale", "stretch")),
-        *((name, ctypes.c_float) for name in ("scaling", "k_min", "k_max")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "scale_in", "scale_out", "stretch")),
+        *((name, ctypes.c_float) for name in ("scaling", "origin", "k_min", "k_max")),
         *((name, ctypes.c_int) for name in ("knots", "clamps")),
     )
 
@@ -104,25 +104,30 @@ def backward(
 
 
 class Passes:
-    """The functions of cpu.c for `stretch · spline(scaling · x / stretch)`, on contiguous float32 tensors."""
+    """The functions of cpu.c for `stretch · spline(scaling · x / stretch)`, on contiguous float32 tensors.
+
+    The scales are `origin` plus `scale_in` and `scale_out`, which may be None for 0.
+    """
 
     # Small layers pay for every line here as much as for their elements.
 
     def __init__(
         self,
         offsets: Tensor,
-        input_scale: Tensor,
-        output_scale: Tensor,
+        scale_in: Tensor | None,
+        scale_out: Tensor | None,
         grid: reference.Grid,
         scaling: float = 1.0,
         stretch: Tensor | None = None,
+        origin: float = 0.0,
     ) -> None:
         # Kept, for only their addresses are handed on.
-        self.tensors = offsets.contiguous(), input_scale, output_scale, stretch
+        self.tensors = offsets.contiguous(), scale_in, scale_out, stretch
         self.knots = offsets.numel()
         self.spline = _Spline(
             *map(_address, self.tensors),
             scaling,
+            origin,
             grid.k_min,
             grid.k_max,
             self.knots,

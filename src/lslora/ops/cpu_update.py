@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from . import reference
 from .cpu import Passes
@@ -18,17 +19,17 @@ def forward(
     h: Tensor,
     weight: Tensor,
     offsets: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor,
+    input_scale_offset: Tensor | None,
+    output_scale_offset: Tensor | None,
     stretch: Tensor,
     scaling: float,
     grid: reference.Grid,
 ) -> Tensor:
-    """As `lslora.ops.update.update`, with `result` (N, out) and `h` (N, r) float32."""
+    """As `lslora.ops.update.update`, all float32."""
     out = torch.empty_like(result, memory_format=torch.contiguous_format)
-    passes = Passes(offsets, input_scale, output_scale, grid, scaling, stretch)
+    passes = Passes(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
     for some_h, base, some_out in _chunks(weight, h, result.contiguous(), out):
-        passes.forward(torch.mm(some_h, weight.T), base, some_out)
+        passes.forward(linear(some_h, weight), base, some_out)
     return out
 
 
@@ -37,26 +38,30 @@ def backward(
     h: Tensor,
     weight: Tensor,
     offsets: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor,
+    input_scale_offset: Tensor | None,
+    output_scale_offset: Tensor | None,
     stretch: Tensor,
     scaling: float,
     grid: reference.Grid,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `h`, `weight`, `offsets`, `input_scale` and `output_scale`, all float32."""
-    grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
-    passes = Passes(offsets, input_scale, output_scale, grid, scaling, stretch)
+    """Gradients of `h`, `weight`, `offsets`, `input_scale_offset` and `output_scale_offset`, all float32."""
+    grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
+    grad_weight = torch.zeros_like(weight)
+    passes = Passes(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
     for some_h, g, some_grad_h in _chunks(weight, h, grad_output.contiguous(), grad_h):
-        z = torch.mm(some_h, weight.T)
+        z = linear(some_h, weight)
         passes.backward(g, z, z)
-        torch.mm(z, weight, out=some_grad_h)
-        grad_weight.addmm_(z.T, some_h)
+        torch.matmul(z, weight, out=some_grad_h)
+        grad_weight.addmm_(_rows(z).T, _rows(some_h))
     return grad_h, grad_weight, *passes.gradients()
 
 
-def _chunks(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Equal parts of the rows of all the tensors, of at most `CHUNK` elements of h Bᵀ, but at least one row."""
-    count = -(-tensors[0].shape[0] * weight.shape[0] // CHUNK)
-    if count <= 1:
-        return iter([tensors])
-    return zip(*(tensor.chunk(count) for tensor in tensors), strict=True)
+def _chunks(weight: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The tensors, or equal parts of their rows, of at most `CHUNK` elements of h Bᵀ, but at least one row."""
+    columns, r = weight.shape
+    count = -(-tensors[0].numel() // r * columns // CHUNK)
+    return [tensors] if count <= 1 else zip(*(_rows(tensor).chunk(count) for tensor in tensors), strict=True)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])

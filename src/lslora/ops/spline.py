@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ INTERPOLATION_METHODS = ("piecewise", "soft")
 EXTRAPOLATIONS = ("clamp", "linear")
 HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("triton", "cpu", "eager")  # of the piecewise spline
+Scale = TypeVar("Scale", Tensor, Tensor | None)
 FORCED = os.environ.get("LSLORA_BACKEND")  # one of them; read once
 
 
@@ -71,18 +72,22 @@ def spline(
 
 
 def checked_parameters(
-    offsets: Tensor, input_scale: Tensor, output_scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three in `dtype`; TypeError and ValueError as `spline` has them."""
-    parameters = {"offsets": offsets, "input_scale": input_scale, "output_scale": output_scale}
-    for name, tensor in parameters.items():
-        if not tensor.is_floating_point():
+    offsets: Tensor, input_scale: Scale, output_scale: Scale, dtype: torch.dtype
+) -> tuple[Tensor, Scale, Scale]:
+    """The three in `dtype`, a scale may be None; TypeError and ValueError as `spline` has them."""
+    for name, tensor in (("offsets", offsets), ("input_scale", input_scale), ("output_scale", output_scale)):
+        if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
     if offsets.ndim != 1 or len(offsets) < 2:
         raise ValueError(f"offsets must have shape (K,) with K >= 2, got {tuple(offsets.shape)}")
-    if input_scale.shape != (1,) or output_scale.shape != (1,):
-        raise ValueError(f"scales must have shape (1,), got {tuple(input_scale.shape)}, {tuple(output_scale.shape)}")
-    return offsets.to(dtype), input_scale.to(dtype), output_scale.to(dtype)
+    for scale in (input_scale, output_scale):
+        if scale is not None and scale.shape != (1,):
+            raise ValueError(f"scales must have shape (1,), got {tuple(scale.shape)}")
+    return (
+        offsets.to(dtype),
+        input_scale if input_scale is None else input_scale.to(dtype),
+        output_scale if output_scale is None else output_scale.to(dtype),
+    )
 
 
 def checked_grid(k_min: float, k_max: float, extrapolation: str) -> reference.Grid:

@@ -133,25 +133,26 @@ def forward(
     h: Tensor,
     weight: Tensor,
     offsets: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor,
+    input_scale_offset: Tensor | None,
+    output_scale_offset: Tensor | None,
     stretch: Tensor,
     scaling: float,
     grid: reference.Grid,
 ) -> Tensor:
-    """As `lslora.ops.update.update`, with `result` (N, out), `h` (N, r) and `weight` in the dtype of `h`."""
-    base, h, weight = result.contiguous(), h.contiguous(), weight.contiguous()
+    """As `lslora.ops.update.update`, with `weight` in the dtype of `h`."""
+    base, h, weight = _rows(result), _rows(h), weight.contiguous()
     out = torch.empty_like(base)
+    scales = _scale(input_scale_offset, stretch), _scale(output_scale_offset, stretch)
     (n, m), tiles = base.shape, _tiles(h)
     if base.numel():
         numbers, settings = arguments(offsets, grid)
         programs = (triton.cdiv(n, tiles["rows"]), triton.cdiv(m, tiles["columns"]))
         with torch.cuda.device_of(base):
             _forward[programs](
-                base, h, weight, out, offsets.contiguous(), input_scale, output_scale, stretch, scaling,
+                base, h, weight, out, offsets.contiguous(), *scales, stretch, scaling,
                 n, m, h.shape[1], *numbers, **settings, **tiles,
             )  # fmt: skip
-    return out
+    return out.view(result.shape)
 
 
 def backward(
@@ -159,14 +160,15 @@ def backward(
     h: Tensor,
     weight: Tensor,
     offsets: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor,
+    input_scale_offset: Tensor | None,
+    output_scale_offset: Tensor | None,
     stretch: Tensor,
     scaling: float,
     grid: reference.Grid,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `h` and `weight` (their dtype), `offsets`, `input_scale` and `output_scale` (float32)."""
-    g, h, weight = grad_output.contiguous(), h.contiguous(), weight.contiguous()
+    """Gradients of `h` and `weight` (their dtype), `offsets` and both scales' offsets (float32)."""
+    shape, g, h, weight = h.shape, _rows(grad_output), _rows(h), weight.contiguous()
+    input_scale, output_scale = _scale(input_scale_offset, stretch), _scale(output_scale_offset, stretch)
     (n, m), r, tiles = g.shape, h.shape[1], _tiles(h)
     # At least one program, so that there are sums even of nothing.
     across, down = max(1, triton.cdiv(n, tiles["rows"])), max(1, triton.cdiv(m, tiles["columns"]))
@@ -181,7 +183,15 @@ def backward(
         _backward_rows[(across, parts_h)](g, h, weight, grad_h, sums, *spline, **settings, **tiles, width=width)
         _backward_columns[(down, parts_b)](g, h, weight, grad_weight, *spline, **settings, **tiles)
     found = gradients(sums.sum(0), offsets, output_scale)
-    return grad_h.sum(0).to(h.dtype), grad_weight.sum(0).to(weight.dtype), *found
+    return grad_h.sum(0).to(h.dtype).view(shape), grad_weight.sum(0).to(weight.dtype), *found
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+
+
+def _scale(offset: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones_like(like) if offset is None else 1 + offset
 
 
 def _tiles(h: Tensor) -> dict[str, int]:

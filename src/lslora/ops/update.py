@@ -17,14 +17,15 @@ def update(
     h: Tensor,
     weight: Tensor,
     offsets: Tensor,
-    input_scale: Tensor,
-    output_scale: Tensor,
+    input_scale_offset: Tensor | None,
+    output_scale_offset: Tensor | None,
     *,
     stretch: Tensor,
     scaling: float,
     k_min: float,
     k_max: float,
     extrapolation: str = "clamp",
+    backend: ModuleType | None = None,
 ) -> Tensor:
     """`result + σ · spline(s · h Bᵀ / σ)`: s the scaling, σ the stretch, `lslora.ops.spline.spline` piecewise.
 
@@ -34,14 +35,15 @@ def update(
         result: (…, out), what the update is added to; not changed.
         h: (…, r), the same leading shape.
         weight: B, (out, r).
-        offsets: (K,), K ≥ 2; with `input_scale` and `output_scale`, (1,), as in `spline`.
-        input_scale: See `offsets`.
-        output_scale: See `offsets`.
+        offsets: (K,), K ≥ 2, as in `spline`.
+        input_scale_offset: `input_scale − 1`, (1,); None where the scale is 1 and not learned.
+        output_scale_offset: The same of `output_scale`.
         stretch: σ, (1,), positive; not differentiated.
         scaling: s.
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`.
         extrapolation: `"clamp"` or `"linear"`.
+        backend: What `backend_for` has found for `result`, `h` and `weight`, if it was asked before.
 
     Returns:
         Shape and dtype of `result`.
@@ -50,18 +52,18 @@ def update(
         TypeError: the parameters are no floating-point tensors.
         ValueError: shapes or range are not as above, or `backend_for` names a reason.
     """
-    backend = backend_for(result, h, weight)
-    if isinstance(backend, str):
-        raise ValueError(f"the update cannot be computed in one operation: {backend}")
+    chosen = backend or backend_for(result, h, weight)
+    if isinstance(chosen, str):
+        raise ValueError(f"the update cannot be computed in one operation: {chosen}")
     out, r = weight.shape
     if result.shape != (*h.shape[:-1], out) or h.shape[-1] != r:
         raise ValueError(
             f"result, h and weight must have shapes (…, out), (…, r) and (out, r), "
             f"got {tuple(result.shape)}, {tuple(h.shape)} and {tuple(weight.shape)}"
         )
-    parameters = spline.checked_parameters(offsets, input_scale, output_scale, torch.float32)
+    parameters = spline.checked_parameters(offsets, input_scale_offset, output_scale_offset, torch.float32)
     settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
-    return _Update.apply(result, h, weight.to(h.dtype), *parameters, stretch.float(), settings, backend)
+    return _Update.apply(result, h, weight.to(h.dtype), *parameters, stretch.float(), settings, chosen)
 
 
 def backend_for(result: Tensor, h: Tensor, weight: Tensor) -> ModuleType | str:
@@ -83,19 +85,16 @@ def backend_for(result: Tensor, h: Tensor, weight: Tensor) -> ModuleType | str:
 class _Update(torch.autograd.Function):
     """The update with its gradients written out. Saved are h, in its own dtype, and the parameters."""
 
-    # Rows are flattened in here, where autograd does not watch.
-
     @staticmethod
     def forward(ctx: Any, result: Tensor, h: Tensor, *arguments: Any) -> Tensor:
         *tensors, ctx.settings, ctx.backend = arguments
         ctx.save_for_backward(h, *tensors)
-        rows = result.reshape(-1, result.shape[-1]), h.reshape(-1, h.shape[-1])
-        return ctx.backend.forward(*rows, *tensors, *ctx.settings).view(result.shape)
+        return ctx.backend.forward(result, h, *tensors, *ctx.settings)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        h, *tensors = ctx.saved_tensors
-        rows = grad_output.reshape(-1, grad_output.shape[-1]), h.reshape(-1, h.shape[-1])
-        grad_h, *gradients = ctx.backend.backward(*rows, *tensors, *ctx.settings)
-        return grad_output, grad_h.view(h.shape), *gradients, None, None, None
+        found = ctx.backend.backward(grad_output, *ctx.saved_tensors, *ctx.settings)
+        wanted = zip(found, ctx.needs_input_grad[1:], strict=False)
+        gradients = (gradient if needed else None for gradient, needed in wanted)
+        return grad_output, *gradients, None, None, None

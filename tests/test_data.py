@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lslora.data import DataError, load_rows, to_prompt_completion
+from lslora.data import DataError, load_examples, load_rows, to_messages, to_prompt_completion
 
 ROW = {"instruction": "Say hi.", "input": "", "output": "hi", "answer": "hi"}
 
@@ -78,6 +78,66 @@ def test_prompt_and_completion():
     assert plain == {"prompt": "### Instruction:\nSay hi.\n\n### Response:\n", "completion": "hi"}
     with_input = to_prompt_completion(ROW | {"input": "loudly"})
     assert with_input["prompt"] == "### Instruction:\nSay hi.\n\n### Input:\nloudly\n\n### Response:\n"
+
+
+def test_messages():
+    assert to_messages(ROW | {"input": "loudly"}) == {
+        "prompt": [{"role": "user", "content": "Say hi.\n\nloudly"}],
+        "completion": [{"role": "assistant", "content": "hi"}],
+    }
+    assert to_messages(ROW)["prompt"] == [{"role": "user", "content": "Say hi."}]
+
+
+def said(*turns):
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_examples_of_every_kind(tmp_path):
+    row = write(tmp_path / "row", json.dumps(ROW | {"text": "as other sets have beside", "messages": 1}))
+    assert load_examples(row) == [to_prompt_completion(ROW)]
+    assert load_examples(row, chat_template=True) == [to_messages(ROW)]
+
+    text = write(tmp_path / "text", json.dumps({"text": " once upon "}))
+    assert load_examples(text) == [{"text": " once upon "}]
+    with pytest.raises(DataError, match="text: a chat template needs instructions or messages"):
+        load_examples(text, chat_template=True)
+
+
+def test_every_answer_of_a_conversation_is_an_example(tmp_path):
+    turns = said(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    path = write(tmp_path / "chat", json.dumps([{"messages": turns, "id": 1}, {"messages": turns[1:3]}]))
+    assert load_examples(path) == [
+        {"prompt": turns[:2], "completion": turns[2:3]},
+        {"prompt": turns[:4], "completion": turns[4:]},
+        {"prompt": turns[1:2], "completion": turns[2:3]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"text": "a"}, "line 2: field 'messages' is missing"),
+        ({"messages": "a"}, "line 2: field 'messages' is missing or no list"),
+        ({"messages": []}, r"line 2: messages must begin .* got \[\]"),
+        ({"messages": ["a"]}, "line 2: message 1 must be a JSON object, got str"),
+        ({"messages": said(("user", "a"))}, "end with the assistant"),
+        ({"messages": said(("assistant", "a"), ("user", "a"), ("assistant", "a"))}, "begin with another role"),
+        ({"messages": said(("user", "a"), ("assistant", " "))}, "line 2: message 2: field 'content' is empty"),
+        ({"messages": said(("user", "a"), ("assistant", 1))}, "message 2: field 'content' must be a string, got int"),
+        ({"messages": [{"content": "a"}]}, "message 1: field 'role' is missing"),
+    ],
+)
+def test_what_is_wrong_with_messages_is_named(tmp_path, bad, message):
+    good = {"messages": said(("user", "a"), ("assistant", "b"))}
+    path = write(tmp_path / "chat", f"{json.dumps(good)}\n{json.dumps(bad)}")
+    with pytest.raises(DataError, match=message):
+        load_examples(path)
+
+
+def test_a_file_holds_one_kind(tmp_path):
+    path = write(tmp_path / "mixed", '{"text": "a"}\n{"instruction": "a", "output": "b"}')
+    with pytest.raises(DataError, match="line 2: field 'text' is missing"):
+        load_examples(path)
 
 
 @given(st.binary(max_size=200))

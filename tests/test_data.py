@@ -120,7 +120,7 @@ def test_every_answer_of_a_conversation_is_an_example(tmp_path):
         ({"messages": "a"}, "line 2: field 'messages' is missing or no list"),
         ({"messages": []}, r"line 2: messages must begin .* got \[\]"),
         ({"messages": ["a"]}, "line 2: message 1 must be a JSON object, got str"),
-        ({"messages": said(("user", "a"))}, "end with the assistant"),
+        ({"messages": said(("user", "a"), ("assistant", "b"), ("user", "c"))}, "end with the assistant"),
         ({"messages": said(("assistant", "a"), ("user", "a"), ("assistant", "a"))}, "begin with another role"),
         ({"messages": said(("user", "a"), ("assistant", " "))}, "line 2: message 2: field 'content' is empty"),
         ({"messages": said(("user", "a"), ("assistant", 1))}, "message 2: field 'content' must be a string, got int"),

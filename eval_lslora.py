@@ -27,6 +27,7 @@ from lslora.answers import SCORERS
 from lslora.data import Row, load_rows
 from lslora.embedded import resolve_model_name
 from lslora.evaluation import evaluate, row_scorers
+from lslora.files import write_whole
 from lslora.progress import bars_hidden, hide_library_bars
 from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
 
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     with file:
         predictions = predict(args, settings["model_name"], rows, known, file)
     results = summaries(settings, predictions, args.seed)
-    write_whole(args.output, json.dumps(results, ensure_ascii=False, indent=1))
+    write_whole(args.output, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     partial_path(args.output).unlink()
     if not args.quiet:
         report(results)
@@ -237,13 +238,6 @@ def summaries(settings: dict[str, Any], predictions: dict[str, list[Prediction]]
         results["base"] = {"summary": summarize(predictions[BASE]), "predictions": predictions[BASE]}
         results["comparison"] = compare(predictions[BASE], predictions[main_side], seed=seed)
     return results
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def report(results: dict[str, Any]) -> None:

@@ -19,10 +19,11 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from eval_lslora import base_name, load_model, positive, write_whole
+from eval_lslora import base_name, load_model, positive
 from lslora.data import Example, Row, load_examples, load_rows
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
+from lslora.files import write_whole
 from lslora.progress import bars_hidden, hide_library_bars
 from lslora.prompts import example_ids
 from lslora.scoring import compare, format_comparison, format_table, summarize
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_whole(args.output / "export.json", json.dumps(results, ensure_ascii=False, indent=1))
+    write_whole(args.output / "export.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     if not args.quiet:
         report(results)
     return 0

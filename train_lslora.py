@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 OCCUPANCY_BATCHES = 8
+# What may differ between a run and its going on with --resume: how long it is, and what it tells of itself.
+MAY_CHANGE = ("max_steps", "save_steps", "logging_steps", "report_to", "eval_dataset_path")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,14 +120,19 @@ def main(argv: list[str] | None = None) -> int:
     if missing:
         print("error: this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing), file=sys.stderr)
         return 2
-    train(args, examples, eval_rows)
-    return 0
+    try:
+        return train(args, examples, eval_rows)
+    except (FloatingPointError, OSError) as error:  # among them: a checkpoint that cannot be written
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def missing_for(args: argparse.Namespace, *, chats: bool) -> list[str]:
     """What the explicit choices in `args` and conversations need and is not there; told before anything is loaded."""
     import torch
-    from transformers.trainer_utils import get_last_checkpoint
 
     missing = []
     if (args.load_in_4bit or "bit" in args.optim) and find_spec("bitsandbytes") is None:
@@ -134,9 +142,33 @@ def missing_for(args: argparse.Namespace, *, chats: bool) -> list[str]:
     for tracker in TRACKERS:
         if tracker in args.report_to and find_spec(tracker) is None:
             missing.append(f"{tracker}, for --report_to {tracker}: pip install {tracker}")
-    if args.resume and not (Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)):
-        missing.append(f"a checkpoint in {args.output_dir} to --resume from")
+    if args.resume:
+        missing += missing_to_resume(args)
     return missing + missing_model(args.model_name, chats=chats)
+
+
+def missing_to_resume(args: argparse.Namespace) -> list[str]:
+    """What a run must have left here to go on: a whole checkpoint, and the same settings."""
+    from lslora.checkpoints import last_whole_checkpoint
+    from lslora.report import RUN
+
+    checkpoint, problems = last_whole_checkpoint(args.output_dir)
+    if checkpoint is None:
+        return [f"a checkpoint in {args.output_dir} that is whole, to --resume from", *problems]
+    path = Path(args.output_dir, RUN)
+    if not path.exists():  # the checkpoint came here without it
+        return []
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        now = settings_of(args)
+        different = [
+            f"{name} was {before[name]!r} and is {now[name]!r}" for name in before if before[name] != now[name]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"the settings of the run to --resume, in {path}: {error!r}"]
+    if problem := [line for line in different if line.partition(" ")[0] not in MAY_CHANGE]:
+        return [f"the settings of the run to --resume: {'; '.join(problem)}"]
+    return []
 
 
 def missing_model(model_name: str, *, chats: bool) -> list[str]:
@@ -153,17 +185,20 @@ def missing_model(model_name: str, *, chats: bool) -> list[str]:
     return []
 
 
-def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row]) -> None:
+def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row]) -> int:
+    """Train, save and report; 0, or 128 + signal where one ended the training early."""
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
     from lslora.callback import SplineCallback
+    from lslora.checkpoints import WholeCheckpointsMixin
+    from lslora.interruption import StopOnSignal
     from lslora.progress import bars_hidden, hide_library_bars
     from lslora.report import write_report
     from lslora.training import SplineTrainerMixin
 
-    class SplineSFTTrainer(SplineTrainerMixin, SFTTrainer):
+    class SplineSFTTrainer(SplineTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
         pass
 
     if "wandb" in args.report_to:
@@ -185,9 +220,13 @@ def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row
         trainer.model.print_trainable_parameters()
     else:
         trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=args.resume)
-    trainer.save_model()
-    trainer.save_state()
+    checkpoint = begin(trainer, args)
+    with StopOnSignal() as stop:
+        trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.signal:
+        return tell_stopped(trainer, stop.signal)
+    save(trainer, Path(args.output_dir))
     if args.method == "lslora":
         report_splines(trainer, args)
     evaluation = report_accuracy(trainer, tokenizer, eval_rows, args) if eval_rows else {}
@@ -197,6 +236,54 @@ def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row
         report = write_report(args.output_dir)
     if speaks:
         print(f"\nAdapter, log and report are in {args.output_dir}; open {report}")
+    return 0
+
+
+def begin(trainer: Any, args: argparse.Namespace) -> str | None:
+    """The checkpoint to go on from, or None; `run.json` holds the settings from now on."""
+    from lslora.checkpoints import last_whole_checkpoint, unseal
+
+    checkpoint = None
+    if args.resume:
+        found, problems = last_whole_checkpoint(args.output_dir)
+        checkpoint = str(found)
+        if trainer.is_world_process_zero():
+            for problem in problems:
+                print(f"warning: passed over {problem}", file=sys.stderr)
+            if not args.quiet:
+                print(f"Going on from {found}")
+    trainer.accelerator.wait_for_everyone()  # all have looked
+    if trainer.is_world_process_zero():
+        if checkpoint is None:
+            unseal(args.output_dir)
+        write_run(args, {})
+    return checkpoint
+
+
+def tell_stopped(trainer: Any, by: signal.Signals) -> int:
+    if trainer.is_world_process_zero():
+        step, folder = trainer.state.global_step, trainer.args.output_dir
+        print(
+            f"stopped by {by.name} after step {step}, with a checkpoint in {folder}; go on with --resume",
+            file=sys.stderr,
+        )
+    return 128 + by
+
+
+def save(trainer: Any, folder: Path) -> None:
+    """The adapter and the log, each file whole or not at all."""
+    from safetensors import SafetensorError
+
+    from lslora.files import publish
+
+    stage = folder / ".part"
+    try:
+        trainer.save_model(str(stage))
+        if trainer.is_world_process_zero():
+            trainer.state.save_to_json(str(stage / "trainer_state.json"))
+            publish(stage, folder)
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"{folder}: the adapter could not be written: {error}") from error
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -297,6 +384,7 @@ def report_splines(trainer: Any, args: argparse.Namespace) -> None:
     from lslora import plots
     from lslora.callback import DIAGNOSTICS
     from lslora.diagnostics import observe_occupancy, save_records, spline_records, spline_table
+    from lslora.files import replacing
     from lslora.progress import bars_hidden
 
     with observe_occupancy(trainer.model) as occupancy:
@@ -306,8 +394,10 @@ def report_splines(trainer: Any, args: argparse.Namespace) -> None:
         return
     folder = Path(args.output_dir)
     save_records(records, folder / DIAGNOSTICS)
-    plots.plot_splines(records).savefig(folder / "spline_curves.png", dpi=130)
-    plots.plot_deviations(records).savefig(folder / "spline_deviations.png", dpi=130)
+    pictures = {"spline_curves": plots.plot_splines(records), "spline_deviations": plots.plot_deviations(records)}
+    for name, picture in pictures.items():
+        with replacing(folder / f"{name}.png") as part:
+            picture.savefig(part, dpi=130)
     if not args.quiet:
         Console().print(spline_table(records))
 
@@ -362,20 +452,22 @@ def report_accuracy(trainer: Any, tokenizer: Any, rows: list[Row], args: argpars
 
 def write_card(trainer: Any, args: argparse.Namespace, accuracy: dict[str, Any] | None) -> None:
     from lslora.card import model_card
+    from lslora.files import write_whole
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     card = model_card(args.model_name, args.method, settings_of(args), losses=losses, accuracy=accuracy)
-    (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+    write_whole(Path(args.output_dir, "README.md"), card)
 
 
 def write_run(args: argparse.Namespace, evaluation: dict[str, Any]) -> None:
     """`run.json`: what the run was told, what ran it, and how the model answered."""
+    from lslora.files import write_whole
     from lslora.report import RUN
 
     packages = ("lslora", "peft", "torch", "transformers", "trl")
     versions = {package: version(package) for package in packages}
     run = {"settings": settings_of(args), "versions": versions, **evaluation}
-    (Path(args.output_dir) / RUN).write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    write_whole(Path(args.output_dir, RUN), json.dumps(run, indent=1) + "\n")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -188,6 +188,29 @@ def test_a_saved_grid_is_loaded_and_not_measured_again(tmp_path):
     assert all(torch.equal(s.grid_scale, scale) for s, scale in zip(splines(again), scales, strict=True))
 
 
+@pytest.mark.parametrize("moved", ["saved", "copied", "pickled"])
+def test_an_interrupted_calibration_goes_on_counting(tmp_path, moved):
+    model, rows = made(placement="bottleneck"), batches()
+    train(model, rows[: STEPS - 1])
+    if moved == "saved":
+        model.save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+        other = PeftModel.from_pretrained(net, tmp_path, is_trainable=True)
+    elif moved == "copied":
+        other = copy.deepcopy(model)
+    else:
+        torch.save(model, buffer := io.BytesIO())
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    assert [spline.steps_waited for spline in splines(other)] == [STEPS - 1] * 2
+    x = rows[0][0]
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+    train(other, rows[STEPS - 1 : STEPS])
+    assert all(spline.is_calibrated and spline.steps_waited == 0 for spline in splines(other))
+    assert not any(spline.is_calibrated for spline in splines(model))
+
+
 def test_a_state_from_before_the_calibration_waits_again():
     model = made(placement="bottleneck")
     early = copy.deepcopy(model.state_dict())

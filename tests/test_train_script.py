@@ -12,11 +12,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lslora import LSLoraConfig
 from lslora.training import RECOMMENDED_LR_RATIO
+from tests.tiny import ROWS, make_tiny
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,41 +24,11 @@ sys.path.insert(0, str(ROOT))
 import export_lslora  # noqa: E402
 import train_lslora  # noqa: E402
 
-ROWS = [
-    {
-        "instruction": f"Please answer the following question with true or false, question: is {word} red?\n\n"
-        "Answer format: true/false",
-        "input": "",
-        "output": f"the correct answer is {answer}",
-        "answer": answer,
-        "task": "boolq",
-    }
-    for word, answer in [("rose", "true"), ("grass", "false"), ("blood", "true"), ("snow", "false")] * 6
-]
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A small random Llama with a word tokenizer, as a folder; and a folder of data."""
     folder = tmp_path_factory.mktemp("tiny")
-    words = dict.fromkeys(word for row in ROWS for word in " ".join(row.values()).replace("/", " / ").split())
-    words |= dict.fromkeys(["###", "Instruction:", "Response:"])
-    vocabulary = {word: i for i, word in enumerate(["<eos>", "<unk>", *words])}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("/", behavior="isolated")]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>", model_max_length=256
-    )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=0, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    make_tiny(folder)
     return folder
 
 

@@ -4,6 +4,7 @@ A fresh adapter's update is zero and grows from layer to layer to very different
 spline is not calibrated it passes its input on unchanged and counts how often |z| is of which size. In the last of
 `calibration_steps` optimizer steps the 99 % quantile becomes the grid's outer end (`Spline.grid_scale`), and the
 spline begins to learn. Its offsets are zero until then, so the layer's function stays as it is within the grid.
+The count of steps is part of the spline's state, so that a training that was interrupted goes on counting.
 
 The change happens between two optimizer steps, never between a forward pass and its repetition under gradient
 checkpointing. Counts are summed over micro-batches and processes: data-parallel copies stay equal, and the grid does
@@ -31,12 +32,12 @@ LOWEST, PER_OCTAVE, BINS = -24, 32, 48 * 32  # |z| from 2⁻²⁴ to 2²⁴ in s
 
 
 class Sightings:
-    """What a spline has seen: counts of |z| by size since the last optimizer step, (BINS,), and the count of steps."""
+    """What a spline has seen since the last optimizer step: counts of |z| by size, (BINS,)."""
 
     def __init__(self, order: int) -> None:
         self.order = order  # the same in every process, unlike an address
         self.counts: Tensor | None = None
-        self.steps = 0
+        self.steps: int | None = None  # of the optimizer, `Spline.steps_waited`; None until that is read
 
 
 _waiting: WeakKeyDictionary[Spline, Sightings] = WeakKeyDictionary()
@@ -74,8 +75,7 @@ def count_step(splines: Iterable[Spline]) -> None:
         del _waiting[spline]
     due = []
     for spline in sorted(set(splines) & set(_waiting), key=lambda spline: _waiting[spline].order):
-        _waiting[spline].steps += 1
-        if _waiting[spline].steps >= spline.calibration_steps:
+        if _count(spline) >= spline.calibration_steps:
             due.append(spline)
         else:
             _waiting[spline].counts = None
@@ -87,6 +87,14 @@ def count_step(splines: Iterable[Spline]) -> None:
             del _waiting[spline]
         else:
             _waiting[spline].counts = None
+
+
+def _count(spline: Spline) -> int:
+    """The number of optimizer steps that a waiting spline has seen, with this one."""
+    seen = _waiting[spline]
+    seen.steps = 1 + (spline.steps_waited if seen.steps is None else seen.steps)
+    spline.steps_waited = seen.steps
+    return seen.steps
 
 
 def _quantiles(splines: list[Spline]) -> Tensor:

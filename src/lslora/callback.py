@@ -6,6 +6,7 @@ Trainer(model, ..., callbacks=[SplineCallback()])
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .diagnostics import Record, mean_metrics, save_records, trained_records
+from .failures import unmoved_knots, unstable_slopes
+from .files import write_whole
 from .plots import plot_deviations, plot_heatmap, plot_splines
 from .trackers import Tracker, trackers_of
+
+logger = logging.getLogger(__name__)
 
 COURSE = "spline_course.jsonl"
 DIAGNOSTICS = "spline_diagnostics.json"
@@ -28,7 +33,7 @@ class SplineCallback(TrainerCallback):
     of every layer into `spline_course.jsonl` in the output folder. Every `picture_steps` steps and at the end of the
     training, pictures go to those of wandb, TensorBoard and trackio that the trainer reports to; at the end, the
     records are saved as `spline_diagnostics.json`. `SplineTrainerMixin` logs the averages as well; together with it
-    they are logged once.
+    they are logged once. Slopes that explode are warned of when they first do, knots that never moved at the end.
 
     Args:
         picture_steps: Optimizer steps from picture to picture, ≥ 1.
@@ -42,6 +47,7 @@ class SplineCallback(TrainerCallback):
             raise ValueError(f"picture_steps must be at least 1, got {picture_steps}")
         self.picture_steps = picture_steps
         self._trackers: list[Tracker] = []
+        self._warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -69,6 +75,9 @@ class SplineCallback(TrainerCallback):
             return
         with open(_folder(args) / COURSE, "a", encoding="utf-8") as file:
             file.write(_course_line(state.global_step, records))
+        if (warning := unstable_slopes(records)) and not self._warned:
+            logger.warning("step %d: %s", state.global_step, warning)
+            self._warned = True
         metrics = mean_metrics(records)
         if not metrics.keys() <= logs.keys():
             logs.update(metrics)
@@ -86,6 +95,8 @@ class SplineCallback(TrainerCallback):
             # Not on_train_end: the trackers' own callbacks, which come first, close their runs there.
             if control.should_training_stop:
                 save_records(records, _folder(args) / DIAGNOSTICS)
+                if warning := unmoved_knots(records):
+                    logger.warning("%s", warning)
             if self._trackers:
                 pictures = {f"spline/{name}": plot(records) for name, plot in PICTURES.items()}
                 for tracker in self._trackers:
@@ -125,7 +136,4 @@ def _folder(args: TrainingArguments) -> Path:
 
 
 def _write_course(path: Path, entries: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(json.dumps(entry) + "\n" for entry in entries))

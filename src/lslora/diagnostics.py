@@ -9,7 +9,7 @@ A record is a flat dict of one layer's spline; `pandas.DataFrame(records)` is a 
 | `deviation` | `mean_i abs(v_i − k_i)`: 0 at the start, 0.01 to 0.1 learning, above 1 overfitting |
 | `slope_variance` | `var_i((v_{i+1} − v_i) / Δk)`: 0 at the start, above 0.05 meaningful curvature, above 1 unstable |
 | `input_scale`, `output_scale` | numbers, 1 at the start |
-| `grid_scale` | what the grid is stretched by (see `calibration_steps`), else 1; `grid`, `values` are unstretched |
+| `grid_scale` | factor on the grid and the values (`calibration_steps`; 0 until it is known), else 1 |
 | `occupancy` | share of the elements of z below the grid, in each of its K − 1 intervals, and above it; or None |
 | `density` | the same of z within the grid in finer bins, `BINS` or more of equal width; or None |
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from .files import write_whole
 from .spline import Spline
 
 if TYPE_CHECKING:
@@ -158,9 +158,7 @@ def save_records(records: list[Record], path: str | Path) -> None:
         "verdicts": {word: verdicts.count(word) for word in sorted(set(verdicts))},
         "layers": [{**record, "verdict": word} for record, word in zip(records, verdicts, strict=True)],
     }
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(summary, indent=2), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(summary, indent=2) + "\n")
 
 
 def load_records(path: str | Path) -> list[Record]:
@@ -255,7 +253,7 @@ def _record(layer: str, spline: Spline) -> Record:
         "values": (grid + offsets).tolist(),
         "deviation": offsets.abs().mean().item(),
         "slope_variance": slopes.var(unbiased=False).item(),
-        "grid_scale": 1.0 if spline.grid_scale is None else spline.grid_scale.item(),
+        "grid_scale": 1.0 if spline.grid_scale is None else max(0.0, spline.grid_scale.item()),
         "input_scale": spline.input_scale.item(),
         "output_scale": spline.output_scale.item(),
         "occupancy": None,

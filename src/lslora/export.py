@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .config import LSLoraConfig
+from .files import publish
 from .layer import LSLoraLayer
 from .placement import adapter
 
@@ -259,9 +259,10 @@ def _plain_config(config: LSLoraConfig, rank: int | None) -> LoraConfig:
 
 
 def _write(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
-    """Both files; the tensors under another name first, so that none is ever there in part."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    temporary = folder / "adapter_model.safetensors.tmp"
-    save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "adapter_model.safetensors")
+    """Both files, each whole or not at all."""
+    stage = folder / ".part"
+    stage.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(stage)
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(contiguous, stage / "adapter_model.safetensors", metadata={"format": "pt"})
+    publish(stage, folder)

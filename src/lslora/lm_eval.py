@@ -15,6 +15,7 @@ from pathlib import Path
 from .answers import option_completion, options_of
 from .data import Row, to_prompt_completion
 from .evaluation import row_scorers
+from .files import write_whole
 
 
 def write_task(rows: Sequence[Row], folder: str | Path, name: str) -> Path:
@@ -42,11 +43,10 @@ def write_task(rows: Sequence[Row], folder: str | Path, name: str) -> Path:
         raise ValueError("rows must hold at least one row, got none")
     row_scorers(rows, "likelihood")
     folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     questions, task = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    questions.write_text("".join(json.dumps(_question(row)) + "\n" for row in rows), encoding="utf-8")
+    write_whole(questions, "".join(json.dumps(_question(row)) + "\n" for row in rows))
     # JSON is YAML. All texts are columns, which lm-evaluation-harness takes as they are; templates it would render.
-    task.write_text(json.dumps(_task(name, questions), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_whole(task, json.dumps(_task(name, questions), ensure_ascii=False, indent=2) + "\n")
     return task
 
 

@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from . import plots
 from .callback import DIAGNOSTICS, load_course
 from .diagnostics import AVERAGED, Record, live_intervals, load_records, mean_metrics, verdict
+from .files import write_whole
 from .scoring import format_comparison
 
 RUN = "run.json"
@@ -68,9 +69,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     plain = run.get("settings", {}).get("method") == "lora"  # what splines are there are of an earlier run
     records = load_records(folder / DIAGNOSTICS) if (folder / DIAGNOSTICS).is_file() and not plain else []
     page = _render(folder.resolve().name, state, run, records, [] if plain else load_course(folder))
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, page)
     return path
 
 

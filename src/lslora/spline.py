@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Spline(nn.Module):
     | `weight` | (K,) | `values − grid` |
     | `input_scale_offset` | (1,) | `input_scale − 1` |
     | `output_scale_offset` | (1,) | `output_scale − 1` |
-    | `grid_scale`, a buffer | (1,) | σ of `calibration_steps`; 0 before; None without |
+    | `grid_scale`, a buffer | (1,) | σ of `calibration_steps`; before, −(optimizer steps seen); None without |
 
     The two scales are None with `learn_scales=False`.
     With `calibration_steps` the whole function is stretched: `σ · spline(z / σ)`, with σ such that the grid's farther
@@ -120,6 +120,17 @@ class Spline(nn.Module):
             raise ValueError(f"the grid's end must be a positive number, got {float(end)}")
         self.grid_scale.fill_(end / max(abs(self.k_min), abs(self.k_max)))
         self._calibrated = True
+
+    @property
+    def steps_waited(self) -> int:
+        """Optimizer steps that the grid has waited for its scale; 0 once it has it, and without a calibration."""
+        return 0 if self.grid_scale is None else max(0, -int(self.grid_scale.item()))
+
+    @steps_waited.setter
+    @torch.no_grad()
+    def steps_waited(self, steps: int) -> None:
+        if self.waits:
+            cast(Tensor, self.grid_scale).fill_(-steps)
 
     @property
     def waits(self) -> bool:

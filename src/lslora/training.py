@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 from .calibration import count_step
 from .diagnostics import spline_metrics
+from .failures import all_finite, failure
 from .layer import LSLoraLayer
 from .spline import Spline, splines_of
 
@@ -73,6 +74,8 @@ def prepare_for_deepspeed(model: nn.Module, *, gradient_accumulation_steps: int 
 class SplineTrainerMixin:
     """Gives `transformers.Trainer`, and every trainer built on it, the spline's optimizer group and log entries.
 
+    A loss or a gradient that is not finite stops the training before it reaches the weights.
+
     Put it in front of the trainer's class:
 
         class SplineSFTTrainer(SplineTrainerMixin, SFTTrainer): ...
@@ -82,6 +85,8 @@ class SplineTrainerMixin:
         spline_lr_ratio: Learning rate of the splines over that of A and B, > 0.
 
     Raises:
+        FloatingPointError: in training, when the loss or a gradient is not finite; it names the step, the layer where
+            that begins and its spline's state.
         ValueError: `spline_lr_ratio` is not positive, or DeepSpeed is set to its own optimizer or to fp16.
     """
 
@@ -105,6 +110,17 @@ class SplineTrainerMixin:
             separate_spline_group(optimizer, self.model, lr_ratio=self.spline_lr_ratio)  # type: ignore[attr-defined]
             self._separated = optimizer
         return optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The trainer's own; FloatingPointError before the step where the loss or a gradient is not finite."""
+        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        state, accelerator = self.state, self.accelerator  # type: ignore[attr-defined]
+        # fp16's loss scaling meets gradients that are not finite, and passes over them.
+        whole = accelerator.sync_gradients and accelerator.scaler is None
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None] if whole else []  # type: ignore[attr-defined]
+        if not all_finite(loss, gradients):
+            raise failure(self.model, inputs, loss, state.global_step + 1)  # type: ignore[attr-defined]
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the splines' state to the training logs, and so to every tracker that reads them."""

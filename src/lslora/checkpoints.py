@@ -1,0 +1,110 @@
+"""Checkpoints that are known to be whole: a trainer that is killed goes on from the last of them.
+
+A checkpoint is many files, and a kill may come between any two or within one. The last thing written is therefore a
+seal, a list of the files with their checksums; without one that fits, a checkpoint is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .files import write_whole
+
+SEAL = "whole.json"
+
+
+class CheckpointError(OSError):
+    """A checkpoint that could not be written; the message names it and the reason."""
+
+
+class WholeCheckpointsMixin:
+    """Seals every checkpoint of `transformers.Trainer`, and of every trainer built on it, once it is whole.
+
+    Put it in front of the trainer's class. `last_whole_checkpoint` finds what to resume from.
+
+    Raises:
+        CheckpointError: when a checkpoint cannot be written (the disk is full, say). What was written of it is
+            removed; earlier ones stay as they are.
+    """
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step  # type: ignore[attr-defined]
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"  # type: ignore[attr-defined]
+        processes = PartialState()
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            processes.wait_for_everyone()  # each writes files of its own
+            if processes.is_main_process:
+                seal(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointError(f"{folder} could not be written: {error}") from error
+
+
+def seal(folder: Path) -> None:
+    """Write down what a checkpoint's files are, as the sign that they are all there."""
+    write_whole(folder / SEAL, json.dumps({"sha256": _checksums(folder)}, indent=1) + "\n")
+
+
+def problem_of(folder: Path) -> str | None:
+    """Why a checkpoint is not whole; None if it is."""
+    try:
+        expected = json.loads((folder / SEAL).read_text(encoding="utf-8"))["sha256"]
+    except OSError:
+        return f"it has no {SEAL}, so it was not written to its end"
+    except (ValueError, KeyError, TypeError):
+        return f"its {SEAL} is not readable"
+    found = _checksums(folder)
+    changed = sorted(name for name in expected if found.get(name) != expected[name])
+    return f"{', '.join(changed)} missing or changed" if changed else None
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """Find what a training can go on from.
+
+    Returns:
+        The checkpoint of the latest step that is whole, or None; and for every later one why it is not.
+    """
+    problems: list[str] = []
+    for folder in _by_step(Path(output_dir)):
+        problem = problem_of(folder)
+        if problem is None:
+            return folder, problems
+        problems.append(f"{folder}: {problem}")
+    return None, problems
+
+
+def unseal(output_dir: str | Path) -> int:
+    """Let nothing be resumed from the checkpoints in `output_dir`, as a new run there begins; how many there were."""
+    seals = [folder / SEAL for folder in _by_step(Path(output_dir)) if (folder / SEAL).exists()]
+    for path in seals:
+        path.unlink()
+    return len(seals)
+
+
+def _by_step(output_dir: Path) -> list[Path]:
+    """All checkpoints, the latest step first."""
+    steps = {}
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = folder.name.rpartition("-")[2]
+        if number.isdecimal() and folder.is_dir():
+            steps[folder] = int(number)
+    return sorted(steps, key=steps.__getitem__, reverse=True)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file, by its path in the folder."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SEAL and not path.name.startswith("."):  # nor a seal that was not finished
+            with path.open("rb") as file:
+                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
 OCCUPANCY_BATCHES = 8
-# What may differ between a run and its going on with --resume: how long it is, and what it tells of itself.
-MAY_CHANGE = ("max_steps", "save_steps", "logging_steps", "report_to", "eval_dataset_path")
+# What may differ between a run and its going on with --resume: how long it is, how a step is spread over processes,
+# and what it tells of itself.
+MAY_CHANGE = ("max_steps", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+MAY_CHANGE += ("save_steps", "logging_steps", "report_to", "eval_dataset_path")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -123,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return train(args, examples, eval_rows)
     except (FloatingPointError, OSError) as error:  # among them: a checkpoint that cannot be written
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {args.output_dir}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("error: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
@@ -205,6 +208,8 @@ def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row
         wandb_offline_without_key()
     if bars_hidden(args.quiet):
         hide_library_bars()
+    if args.quiet:
+        logging.getLogger("lslora").setLevel(logging.ERROR)
     model, tokenizer = load_model(args)
     trainer = SplineSFTTrainer(
         model=model,
@@ -283,7 +288,7 @@ def save(trainer: Any, folder: Path) -> None:
             trainer.state.save_to_json(str(stage / "trainer_state.json"))
             publish(stage, folder)
     except (RuntimeError, SafetensorError) as error:
-        raise OSError(f"{folder}: the adapter could not be written: {error}") from error
+        raise OSError(f"the adapter could not be written: {error}") from error
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:

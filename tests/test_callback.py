@@ -105,6 +105,7 @@ def test_wandb_holds_numbers_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     wandb.finish()  # a run that an earlier test left open
+    wandb.teardown()  # and the folder it was in
     made = make_trainer(tmp_path, report_to="wandb")
     made.train()
     summary = dict(wandb.run.summary)

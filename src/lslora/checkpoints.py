@@ -45,8 +45,9 @@ class WholeCheckpointsMixin:
             if processes.is_main_process:
                 seal(folder)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+            free = shutil.disk_usage(self.args.output_dir).free  # type: ignore[attr-defined] # torch does not tell
             shutil.rmtree(folder, ignore_errors=True)
-            raise CheckpointError(f"{folder} could not be written: {error}") from error
+            raise CheckpointError(f"{folder} could not be written, with {free} bytes free: {error}") from error
 
 
 def seal(folder: Path) -> None:

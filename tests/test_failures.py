@@ -1,0 +1,136 @@
+"""Losses and gradients that are no numbers stop a training before its weights; ill splines are told."""
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import Trainer, TrainingArguments
+
+from lslora import LSLoraConfig
+from lslora.callback import SplineCallback
+from lslora.diagnostics import spline_records
+from lslora.failures import all_finite, unmoved_knots, unstable_slopes
+from lslora.training import SplineTrainerMixin
+from tests.tiny import make_tiny
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train_lslora
+
+
+class Net(nn.Module):
+    """Two layers with something between them that can break."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.between = between
+
+    def forward(self, x, y):
+        return {"loss": (self.second(self.between(self.first(x))) - y).square().mean()}
+
+
+class Spikes(nn.Module):
+    """√|x| at 0 has a gradient that is not finite, and a value that is."""
+
+    def forward(self, x):
+        return (x * 0).abs().sqrt() + x
+
+
+class SplineTrainer(SplineTrainerMixin, Trainer):
+    pass
+
+
+def made(folder, rows, between=None, config=None, callbacks=(), **more):
+    torch.manual_seed(0)
+    config = config or LSLoraConfig(r=2, target_modules=["first", "second"])
+    model = get_peft_model(Net(between or nn.Identity()), config)
+    arguments = TrainingArguments(
+        str(folder), max_steps=len(rows), per_device_train_batch_size=1, use_cpu=True, report_to="none",
+        disable_tqdm=True, save_steps=1, logging_steps=1, learning_rate=1e-2,
+        train_sampling_strategy="sequential", **more,
+    )  # fmt: skip
+    return SplineTrainer(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
+
+
+def rows_with(bad=None, count=4):
+    rows = [{"x": torch.ones(4), "y": torch.ones(1)} for _ in range(count)]
+    if bad is not None:
+        rows[2] = {"x": bad, "y": torch.ones(1)}
+    return rows
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("method", [LSLoraConfig, LoraConfig])
+def test_a_loss_that_is_no_number_names_step_and_layer_and_moves_nothing(tmp_path, method):
+    config = method(r=2, target_modules=["first", "second"])
+    trainer = made(tmp_path, rows_with(torch.tensor([1.0, float("nan"), 1.0, 1.0])), config=config)
+    before = []
+    hook = register_optimizer_step_post_hook(lambda *_: before.append(weights(trainer)))
+    with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan, not finite; it begins in first, one of 2"):
+        trainer.train()
+    hook.remove()
+    assert len(before) == 2
+    assert all(torch.equal(now, then) for now, then in zip(weights(trainer), before[-1], strict=True))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_the_spline_s_state_is_told(tmp_path):
+    trainer = made(tmp_path, rows_with(torch.full((4,), float("inf"))))
+    with pytest.raises(FloatingPointError, match="its spline has the heights -3, -1.5.* slope variance of .*scale 1"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_gradient_that_is_no_number_names_the_layer_nearest_to_it(tmp_path, clip):
+    trainer = made(tmp_path, rows_with(), Spikes(), max_grad_norm=clip)
+    with pytest.raises(FloatingPointError, match="step 1: a gradient is not finite; it begins in first, one of 1"):
+        trainer.train()
+
+
+def test_no_gradient_and_any_dtype():
+    assert all_finite(torch.tensor(1.0), [])
+    assert not all_finite(torch.tensor(float("inf")), [])
+    assert all_finite(torch.tensor(1.0), [torch.ones(3), torch.ones(2, dtype=torch.bfloat16)])
+    assert not all_finite(torch.tensor(1.0), [torch.ones(3), torch.tensor([1.0, float("-inf")])])
+
+
+def test_gradient_accumulation_is_looked_at_where_it_ends(tmp_path):
+    trainer = made(tmp_path, rows_with(torch.full((4,), float("nan"))), gradient_accumulation_steps=2)
+    with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
+        trainer.train()
+
+
+def test_warnings_name_the_worst_layer_and_a_remedy(tmp_path, caplog):
+    trainer = made(tmp_path, rows_with(), callbacks=[SplineCallback()])
+    first = trainer.model.base_model.model.first.lora_spline["default"]
+    first.values = [-3.0, 4.0, -4.0, 4.0, 3.0]
+    records = spline_records(trainer.model)
+    assert unstable_slopes(records[1:]) is None
+    assert unstable_slopes(records).startswith("the slopes of 1 of 2 splines vary by more than 1, most in first (")
+    assert unmoved_knots(records).startswith("7 of 10 knots have not moved, most in second (5)")
+    with caplog.at_level(logging.WARNING, "lslora"):
+        trainer.train()
+    told = [record.getMessage() for record in caplog.records if record.name == "lslora.callback"]
+    assert [message.partition(" splines")[0] for message in told if "slopes" in message] == [
+        "step 1: the slopes of 1 of 2"
+    ]
+    assert sum("knots have not moved" in message for message in told) == 1
+
+
+def test_a_run_that_breaks_says_so_and_keeps_its_checkpoints(tmp_path, capsys):
+    make_tiny(tmp_path)
+    arguments = ["--model_name", tmp_path / "model", "--dataset_path", tmp_path / "train.jsonl", "--r", 2]
+    arguments += ["--output_dir", tmp_path / "out", "--max_steps", 30, "--save_steps", 1, "--learning_rate", 1e30]
+    assert train_lslora.main([str(argument) for argument in arguments]) == 1
+    told = capsys.readouterr().err
+    assert "error: " in told and "not finite" in told and "Go on from the last checkpoint" in told
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()

@@ -1,0 +1,121 @@
+"""Ctrl-C and SIGTERM: the training ends after its step, with a checkpoint, and goes on to the same weights."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lslora.checkpoints import last_whole_checkpoint
+from lslora.interruption import SIGNALS, StopOnSignal
+from tests.tiny import make_tiny
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_lslora  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny(folder)
+    return folder
+
+
+def arguments(tiny, output, *more):
+    given = ["--model_name", tiny / "model", "--dataset_path", tiny / "train.jsonl", "--output_dir", output]
+    given += ["--max_steps", 6, "--save_steps", 100, "--learning_rate", 1e-2, "--r", 2, "--calibration_steps", 4]
+    return [str(argument) for argument in (*given, *more)]
+
+
+def signal_after(step, number):
+    """Send this process a signal in the given optimizer step, once."""
+    steps = iter(range(1, 100))
+
+    def count(*_):
+        if next(steps) == step:
+            os.kill(os.getpid(), number)
+
+    return register_optimizer_step_post_hook(count)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_stops_and_resume_ends_with_the_same_weights(tiny, tmp_path, capsys, number):
+    assert train_lslora.main(arguments(tiny, tmp_path / "whole")) == 0
+    hook = signal_after(3, number)
+    try:
+        assert train_lslora.main(arguments(tiny, tmp_path / "cut")) == 128 + number
+    finally:
+        hook.remove()
+    assert f"stopped by {number.name} after step 3, with a checkpoint in" in capsys.readouterr().err
+    assert last_whole_checkpoint(tmp_path / "cut") == (tmp_path / "cut" / "checkpoint-3", [])
+    assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    assert train_lslora.main(arguments(tiny, tmp_path / "cut", "--resume")) == 0
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_the_second_signal_acts_as_ever():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(KeyboardInterrupt), StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_processes_stop_together(tiny, tmp_path):
+    """SIGTERM to one of two; the other would wait for it forever."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    command += ["train_lslora.py", *arguments(tiny, tmp_path / "out", "--max_steps", 10000, "--logging_steps", 1)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
+        while not (tmp_path / "out" / "spline_course.jsonl").exists() and agent.poll() is None:
+            time.sleep(0.2)
+        time.sleep(1)
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGTERM)
+        _, told = agent.communicate(timeout=120)
+    assert "stopped by SIGTERM after step" in told
+    whole, problems = last_whole_checkpoint(tmp_path / "out")
+    assert whole is not None and not problems
+
+
+def test_resume_passes_over_a_checkpoint_that_is_not_whole(tiny, tmp_path, capsys):
+    more = ["--save_steps", 2]
+    assert train_lslora.main(arguments(tiny, tmp_path / "whole", *more)) == 0
+    assert train_lslora.main(arguments(tiny, tmp_path / "cut", *more)) == 0
+    for name in ("checkpoint-6/optimizer.pt", "adapter_model.safetensors"):
+        path = tmp_path / "cut" / name
+        path.write_bytes(path.read_bytes()[:-10])
+    assert train_lslora.main(arguments(tiny, tmp_path / "cut", *more, "--resume")) == 0
+    told = capsys.readouterr()
+    assert "checkpoint-6: optimizer.pt missing or changed" in told.err
+    assert f"Going on from {tmp_path / 'cut' / 'checkpoint-4'}" in told.out
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_resume_wants_the_settings_of_its_run(tiny, tmp_path, capsys):
+    assert train_lslora.main(arguments(tiny, tmp_path, "--max_steps", 2)) == 0
+    assert train_lslora.main(arguments(tiny, tmp_path, "--resume", "--learning_rate", 1e-3, "--r", 4)) == 2
+    told = capsys.readouterr().err
+    assert "learning_rate was 0.01 and is 0.001" in told and "r was 2 and is 4" in told and "max_steps" not in told
+
+
+def test_a_new_run_never_resumes_an_older_one_s_checkpoints(tiny, tmp_path, capsys):
+    assert train_lslora.main(arguments(tiny, tmp_path, "--save_steps", 2)) == 0
+    hook = signal_after(3, signal.SIGTERM)
+    try:
+        assert train_lslora.main(arguments(tiny, tmp_path, "--seed", 1)) == 128 + signal.SIGTERM
+    finally:
+        hook.remove()
+    whole, problems = last_whole_checkpoint(tmp_path)
+    assert whole == tmp_path / "checkpoint-3"
+    assert [p.split(":")[0] for p in problems] == [str(tmp_path / f"checkpoint-{step}") for step in (6, 4)]

@@ -1,0 +1,160 @@
+"""Files and checkpoints that are there whole or not at all; tests/torture tries the same on real runs."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from lslora.checkpoints import (
+    SEAL,
+    CheckpointError,
+    WholeCheckpointsMixin,
+    last_whole_checkpoint,
+    problem_of,
+    seal,
+    unseal,
+)
+from lslora.files import publish, replacing, write_whole
+from tests.torture import disk, kill
+
+
+def test_a_file_is_replaced_at_the_end_and_only_if_all_went_well(tmp_path):
+    path = tmp_path / "new" / "page.html"
+    write_whole(path, "é1")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as part:
+        part.write_text("2", encoding="utf-8")
+        assert part.suffix == ".html" and path.read_text(encoding="utf-8") == "é1"
+        raise KeyboardInterrupt
+    assert path.read_text(encoding="utf-8") == "é1"
+    with replacing(path) as part:
+        part.write_text("3", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "3"
+    assert [entry.name for entry in path.parent.iterdir()] == ["page.html"]
+
+
+def test_a_folder_is_published_over_what_is_there(tmp_path):
+    stage, folder = tmp_path / "out" / ".part", tmp_path / "out"
+    (stage / "deep").mkdir(parents=True)
+    for name in ("a", "deep/b"):
+        (stage / name).write_text("new")
+    (folder / "a").write_text("old")
+    (folder / "c").write_text("old")
+    publish(stage, folder)
+    assert {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()} == {
+        "a": "new", "deep/b": "new", "c": "old",
+    }  # fmt: skip
+    assert not stage.exists()
+
+
+def checkpoint(folder, step):
+    made = folder / f"checkpoint-{step}"
+    (made / "deep").mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "trainer_state.json", "deep/rng"):
+        (made / name).write_bytes(os.urandom(99))
+    seal(made)
+    return made
+
+
+def cut(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:50])
+    return "adapter_model.safetensors missing or changed"
+
+
+def flip(folder):
+    path = folder / "deep" / "rng"
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+    return "deep/rng missing or changed"
+
+
+def lose(folder):
+    (folder / "trainer_state.json").unlink()
+    return "trainer_state.json missing or changed"
+
+
+def no_seal(folder):
+    (folder / SEAL).unlink()
+    return "it has no whole.json, so it was not written to its end"
+
+
+def half_seal(folder):
+    (folder / SEAL).write_text((folder / SEAL).read_text()[:30])
+    return "its whole.json is not readable"
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lose, no_seal, half_seal])
+def test_the_last_whole_checkpoint_is_found_and_others_are_told(tmp_path, damage):
+    assert last_whole_checkpoint(tmp_path) == (None, [])
+    whole = {step: checkpoint(tmp_path, step) for step in (90, 100, 110)}
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_whole_checkpoint(tmp_path) == (whole[110], [])
+    problem = damage(whole[110])
+    assert problem_of(whole[110]) == problem
+    assert last_whole_checkpoint(tmp_path) == (whole[100], [f"{whole[110]}: {problem}"])
+    assert unseal(tmp_path) == 3 - (damage is no_seal)
+    assert last_whole_checkpoint(tmp_path)[0] is None
+    assert (whole[90] / "adapter_model.safetensors").exists()
+
+
+class Regression(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x, y):
+        return {"loss": (self.layer(x) - y).square().mean()}
+
+
+class WholeTrainer(WholeCheckpointsMixin, Trainer):
+    """Any trainer, of anything."""
+
+
+def trainer_in(folder, **more):
+    arguments = TrainingArguments(
+        str(folder), max_steps=4, save_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, **more
+    )
+    rows = [{"x": torch.ones(3), "y": torch.ones(1)}] * 8
+    return WholeTrainer(model=Regression(), args=arguments, train_dataset=rows)
+
+
+def test_any_trainer_seals_what_it_saves(tmp_path):
+    trainer_in(tmp_path).train()
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        assert problem_of(folder) is None
+        sealed = json.loads((folder / SEAL).read_text())["sha256"]
+        assert {"model.safetensors", "optimizer.pt", "trainer_state.json"} <= sealed.keys()
+
+
+def test_what_cannot_be_written_is_told_and_removed(tmp_path):
+    trainer_in(tmp_path).train()
+    for part in (tmp_path / "checkpoint-4").iterdir():
+        part.unlink()
+    (tmp_path / "checkpoint-4" / "optimizer.pt").mkdir()  # where a file should go
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written, with \d+ bytes free"):
+        trainer_in(tmp_path).train()
+    assert not (tmp_path / "checkpoint-4").exists()
+    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", [])
+
+
+def test_killed_runs_end_with_the_weights_of_one_that_was_not(capsys):
+    assert kill.main(["--runs", "3", "--seed", "1"]) == 0
+    assert "3 of 3 runs with" in capsys.readouterr().out
+
+
+def can_mount(folder):
+    done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True)
+    return done.returncode == 0 and subprocess.run(["umount", folder]).returncode == 0
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_was_whole(tmp_path, capsys):
+    if not can_mount(tmp_path):
+        pytest.skip("needs the right to mount a file system")
+    assert disk.main(["--tries", "3"]) == 0
+    assert "3 of 3 full disks" in capsys.readouterr().out

@@ -36,7 +36,7 @@ import train_lslora
 
 STEPS, SAVE_STEPS, CALIBRATION_STEPS = 12, 2, 5
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
-LONGEST_DELAY = 0.03  # seconds, about a step
+LONGEST_DELAY = {"step": 0.03, "file": 0.003}  # seconds; about a step, and about a file
 
 
 def main(argv):
@@ -79,7 +79,8 @@ def run_with_kills(folder, output, kills, event_count, dice):
         trigger = ("step", dice.randint(1, STEPS)) if steps else ("file", dice.randint(1, event_count - STEPS))
         if not kills:
             trigger = None
-        events, code = train(folder, output, resume, trigger, dice.uniform(0, LONGEST_DELAY))
+        delay = dice.uniform(0, LONGEST_DELAY["step" if steps else "file"])
+        events, code = train(folder, output, resume, trigger, delay)
         if code == 0:  # it may have been through before the trigger: a resumed run has fewer steps and files
             return
         if code != -9:

@@ -65,7 +65,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON in UTF-8: {error}") from error
     predictions = content.get("predictions") if isinstance(content, dict) else None
     if not isinstance(predictions, list) or not predictions:

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lslora.answers import SCORERS
 from lslora.data import Row, load_rows
 from lslora.embedded import resolve_model_name
-from lslora.evaluation import evaluate, row_scorers
+from lslora.evaluation import check_rows, evaluate
 from lslora.files import write_whole
 from lslora.progress import bars_hidden, hide_library_bars
 from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
@@ -40,9 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         rows = read_rows(args.dataset, args.limit, args.seed)
-        row_scorers(rows, args.scorer)
         settings = settings_of(args)
-        check_chat_template(args.chat_template, settings["model_name"])
+        check_questions(settings["model_name"], rows, args.scorer, chat_template=args.chat_template)
         file, known = open_partial(partial_path(args.output), settings)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -122,9 +121,12 @@ def base_name(adapter: Path | None, given: str | None) -> str:
     return str(given or named)
 
 
-def check_chat_template(wanted: bool, model_name: str) -> None:
-    if wanted and not AutoTokenizer.from_pretrained(resolve_model_name(model_name)).chat_template:
+def check_questions(model_name: str, rows: list[Row], scorer: str = "auto", *, chat_template: bool) -> None:
+    """ValueError, before the model is loaded, for rows that cannot be scored or asked with its chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(model_name))
+    if chat_template and not tokenizer.chat_template:
         raise ValueError(f"--chat_template needs a tokenizer that has one, that of {model_name} has none")
+    check_rows(tokenizer, rows, scorer, chat_template=chat_template)
 
 
 def sha256(paths: list[Path]) -> str:

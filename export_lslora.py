@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from eval_lslora import base_name, load_model, positive
+from eval_lslora import base_name, check_questions, load_model, positive
 from lslora.data import Example, Row, load_examples, load_rows
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         base = base_name(args.adapter, args.model_name)
         examples = load_examples(args.dataset, chat_template=args.chat_template)[: args.rows]
         eval_rows = load_rows(args.eval_dataset) if args.eval_dataset else []
+        check_questions(base, eval_rows, chat_template=args.chat_template)
         results = export(args, base, examples, eval_rows)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -124,6 +124,11 @@ def main(argv: list[str] | None = None) -> int:
         print("error: this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing), file=sys.stderr)
         return 2
     try:
+        examples = usable_examples(args, examples, eval_rows)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
         return train(args, examples, eval_rows)
     except (FloatingPointError, OSError) as error:  # among them: a checkpoint that cannot be written
         print(f"error: {args.output_dir}: {error}", file=sys.stderr)
@@ -186,6 +191,26 @@ def missing_model(model_name: str, *, chats: bool) -> list[str]:
     except (OSError, RuntimeError, ValueError) as error:
         return [f"the model {model_name}: {str(error).splitlines()[0]}"]
     return []
+
+
+def usable_examples(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row]) -> list[Example]:
+    """The examples of which something is left to learn; ValueError without any, or for rows that cannot be scored."""
+    from transformers import AutoTokenizer
+
+    from lslora.embedded import resolve_model_name
+    from lslora.evaluation import check_rows
+    from lslora.lengths import fit_examples
+
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(args.model_name))
+    try:
+        check_rows(tokenizer, eval_rows, chat_template=args.chat_template)
+    except ValueError as error:
+        raise ValueError(f"{args.eval_dataset_path}: {error}") from error
+    fit = fit_examples(tokenizer, examples, args.max_length, loss_on_prompt=args.loss_on_prompt)
+    first_process = os.environ.get("RANK", "0") == "0"
+    if first_process and (fit.dropped or (fit.longer and not args.quiet)):
+        print(f"{args.dataset_path}: {fit}", file=sys.stderr)
+    return fit.kept
 
 
 def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row]) -> int:

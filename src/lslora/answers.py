@@ -49,6 +49,24 @@ def option_completion(row: Mapping[str, str], option: str) -> str:
     return row["output"][: places[-1].start()] + option + row["output"][places[-1].end() :]
 
 
+def answer_problem(row: Mapping[str, str]) -> str | None:
+    """Why a row with options is not fit to train on: its `answer` is no option, or its `output` gives another.
+
+    Args:
+        row: A row with `instruction` and `output`; without options or without an `answer` there is nothing to compare.
+
+    Returns:
+        What must hold and what was given, or None.
+    """
+    options, answer = options_of(row), row.get("answer")
+    if not options or not answer:
+        return None
+    if answer not in options:
+        return f"the answer must be one of {'/'.join(options)}, got {answer!r}"
+    given = extract_answer(row["output"], options)
+    return None if given == answer else f"the output must give the answer {answer!r}, got {given!r}"
+
+
 def choose_scorer(row: Mapping[str, str], scorer: str = "auto") -> str:
     """Decide how a row is scored, and check that it can be.
 
@@ -165,8 +183,11 @@ def _same_option(text: str, options: Sequence[str]) -> str:
 
 
 def _before_next_question(text: str) -> str:
-    """What belongs to the question asked: a model that goes on may write the next one and answer it too."""
-    return text.split("### Instruction", 1)[0]
+    """What belongs to the question asked: a model that goes on may write the next one and answer it too.
+
+    With one space for every run of whitespace, since no answer depends on how a model breaks its lines.
+    """
+    return " ".join(text.split()).split("### Instruction", 1)[0]
 
 
 def _as_number(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Data to train on and to ask: reading, validation, and the one place that turns a row into text or messages.
+"""Data to train on and to ask: validation, and the one place that turns a row into text or messages.
 
 A row is a JSON object with the string fields `instruction`, `input`, `output`, `answer` and, optionally, `task` (the
 layout of the LLM-Adapters collection, https://github.com/AGI-Edgerunners/LLM-Adapters).
@@ -6,16 +6,24 @@ layout of the LLM-Adapters collection, https://github.com/AGI-Edgerunners/LLM-Ad
 
 from __future__ import annotations
 
-import json
+import re
+import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, final
+
+from .answers import answer_problem
+from .json_rows import DataError, Unparsed, read_values
 
 Row = dict[str, str]
 
 REQUIRED_FIELDS = ("instruction", "output")
 OPTIONAL_FIELDS = ("input", "answer", "task")
 MAX_SHOWN_PROBLEMS = 10
+MAX_SHOWN_CHARACTERS = 300
+
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a surrogate pair
 
 
 @final
@@ -47,26 +55,23 @@ class Text(TypedDict):
 Example: TypeAlias = PromptCompletion | Conversation | Text
 
 
-class DataError(ValueError):
-    """A data file that cannot be used; the message names the file, the row and what is wrong with it."""
-
-
 def load_rows(path: str | Path) -> list[Row]:
     """Read a JSON array or a JSONL file of instruction rows and check every one of them.
 
     Args:
-        path: UTF-8 file, with or without a byte order mark. A file whose first character is `[` is read as one JSON
-            array, any other as JSON Lines (one object a line; blank lines are skipped).
+        path: See `lslora.json_rows.read_values`: one JSON array, or JSON Lines (one object a line).
 
     Returns:
         The rows in file order. Each has `instruction`, `input`, `output`, `answer` and `task` as strings; the optional
         ones are `""` where the file leaves them out. Unknown fields are dropped.
 
     Raises:
-        DataError: the file is missing, is no text, holds no row, or has rows that are not valid. All bad rows are
-            counted and the first ten are named: by line in a JSONL file, by position (from 1) in a JSON array.
+        DataError: the file is missing, is no text, holds no row, or has rows that are not valid: no JSON, too long,
+            with fields that are missing, empty or no text, or whose answer is none of the options that the instruction
+            names or not the one that the output gives. All bad rows are counted and the first ten are named: by line
+            in a JSONL file, by position (from 1) in a JSON array.
     """
-    return [_row(value) for value in _checked(Path(path), list(_parse(Path(path))), _row_problem)]
+    return [_row(value) for value in _checked(Path(path), list(read_values(Path(path))), _row_problem)]
 
 
 def load_examples(path: str | Path, *, chat_template: bool = False) -> list[Example]:
@@ -88,7 +93,7 @@ def load_examples(path: str | Path, *, chat_template: bool = False) -> list[Exam
         DataError: as for `load_rows`; or the file holds texts and `chat_template` is set.
     """
     path = Path(path)
-    parsed = list(_parse(path))
+    parsed = list(read_values(path))
     first = next((value for _, value in parsed if isinstance(value, dict)), {})
     kind = next((field for field in ("instruction", "messages", "text") if field in first), "instruction")
     if kind == "messages":
@@ -132,48 +137,21 @@ def to_messages(row: Row) -> Conversation:
     }
 
 
-class _Unparsed(str):
-    """Why a piece of a file is no JSON."""
-
-
-def _parse(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) for every row of the file; the value is `_Unparsed` where it is no JSON."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: must be UTF-8 text, but byte {error.start} is not: {error.reason}") from error
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {error.lineno}: no valid JSON: {error.msg}") from error
-        yield from ((f"row {number}", value) for number, value in enumerate(values, start=1))
-        return
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                yield f"line {number}", _Unparsed(f"no valid JSON: {error.msg} at column {error.colno}")
-
-
 def _checked(
     path: Path, parsed: list[tuple[str, Any]], problem_of: Callable[[dict[str, Any]], str | None]
 ) -> list[dict[str, Any]]:
     """The values of a file's rows; DataError unless there is one at least and all are valid."""
     problems = []
     for where, value in parsed:
-        if isinstance(value, _Unparsed):
+        if isinstance(value, Unparsed):
             problem: str | None = value
         elif not isinstance(value, dict):
             problem = f"must be a JSON object, got {type(value).__name__}"
         else:
             problem = problem_of(value)
         if problem:
-            problems.append(f"  {where}: {problem}")
+            cut = "…" if len(problem) > MAX_SHOWN_CHARACTERS else ""
+            problems.append(f"  {where}: {problem[:MAX_SHOWN_CHARACTERS]}{cut}")
     if problems:
         shown = "\n".join(problems[:MAX_SHOWN_PROBLEMS])
         rest = len(problems) - MAX_SHOWN_PROBLEMS
@@ -189,22 +167,27 @@ def _row(value: dict[str, Any]) -> Row:
 
 def _row_problem(value: dict[str, Any]) -> str | None:
     """What is wrong with an instruction row, or None."""
-    problems = (_text_problem(value, field) for field in REQUIRED_FIELDS)
-    if problem := next(filter(None, problems), None):
-        return problem
-    for field in OPTIONAL_FIELDS:
-        if not isinstance(value.get(field, ""), str):
-            return f"field '{field}' must be a string, got {type(value[field]).__name__}"
-    return None
+    problems = [_text_problem(value, field) for field in REQUIRED_FIELDS]
+    problems += [_string_problem(value[field], field) for field in OPTIONAL_FIELDS if field in value]
+    return next(filter(None, problems), None) or answer_problem(value)
 
 
 def _text_problem(value: dict[str, Any], field: str = "text") -> str | None:
     """Why the field is no text with something in it, or None."""
     if field not in value:
         return f"field '{field}' is missing"
-    if not isinstance(value[field], str):
-        return f"field '{field}' must be a string, got {type(value[field]).__name__}"
+    if problem := _string_problem(value[field], field):
+        return problem
     return None if value[field].strip() else f"field '{field}' is empty"
+
+
+def _string_problem(value: Any, field: str) -> str | None:
+    """Why the field's value is no text, or None."""
+    if not isinstance(value, str):
+        return f"field '{field}' must be a string, got {type(value).__name__}"
+    if found := _NO_TEXT.search(value):  # what tokenizers cannot encode, or what shows that the file is no text
+        return f"field '{field}' must be text, but character {found.start()} is {found[0]!a}"
+    return None
 
 
 def _conversation_problem(value: dict[str, Any]) -> str | None:
@@ -220,7 +203,8 @@ def _conversation_problem(value: dict[str, Any]) -> str | None:
                 return f"message {number}: {problem}"
     roles = [message["role"] for message in messages]
     if len(roles) < 2 or roles[0] == "assistant" or roles[-1] != "assistant":
-        return f"messages must begin with another role than the assistant and end with the assistant, got {roles}"
+        must = "messages must begin with another role than the assistant and end with the assistant"
+        return f"{must}, got {reprlib.repr(roles)}"
     return None
 
 

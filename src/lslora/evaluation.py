@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .answers import choose_scorer, grade
 from .data import Row, to_prompt_completion
-from .likelihood import Model, eval_mode, score_options
+from .likelihood import Model, eval_mode, score_options, tokenize_options
 from .prompts import pad_id, pad_left, prompt_ids
 from .scoring import Prediction
 
@@ -96,6 +96,29 @@ def row_scorers(rows: Sequence[Row], scorer: str = "auto") -> list[str]:
         except ValueError as error:
             raise ValueError(f"row with index {index}: {error}") from error
     return chosen
+
+
+def check_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], scorer: str = "auto", *, chat_template: bool = False
+) -> None:
+    """Make sure, before a model is loaded or trained, that every row can be scored.
+
+    Args:
+        tokenizer: The tokenizer that `evaluate` will be given.
+        rows: Rows as `load_rows` returns them.
+        scorer: See `choose_scorer`.
+        chat_template: As for `score_options`.
+
+    Raises:
+        ValueError: a row cannot be scored so, or its options cannot be told apart by their tokens; the message gives
+            its index.
+    """
+    for index, kind in enumerate(row_scorers(rows, scorer)):
+        if kind == "likelihood":
+            try:
+                tokenize_options(tokenizer, rows[index], chat_template)
+            except ValueError as error:
+                raise ValueError(f"row with index {index}: {error}") from error
 
 
 @torch.inference_mode()

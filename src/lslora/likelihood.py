@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .answers import option_completion, options_of
 from .data import Row
-from .prompts import pad_left, prompt_ids
+from .prompts import common_prefix, pad_left, prompt_ids
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -46,7 +46,7 @@ def score_options(
         ValueError: a row has no options, or its output does not contain its answer, or the tokens of one option begin
             with all those of another (which could then never be the less likely one), or the model yields NaN.
     """
-    choices = [_tokenize_options(tokenizer, row, chat_template) for row in rows]
+    choices = [tokenize_options(tokenizer, row, chat_template) for row in rows]
     with eval_mode(model):
         input_ids, mask = pad_left([choice.shared for choice in choices], tokenizer, model.device)
         # Logits predict the next token: one position before each shared completion token, and the last of all.
@@ -82,7 +82,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
     """The options of a row in tokens: `shared + tail` is prompt and completion, which begins at `shared[start]`."""
 
     shared: list[int]
@@ -90,7 +90,19 @@ class _Choice(NamedTuple):
     tails: list[list[int]]
 
 
-def _tokenize_options(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) -> _Choice:
+def tokenize_options(tokenizer: PreTrainedTokenizerBase, row: Row, chat_template: bool) -> Choice:
+    """The options of a row in tokens.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        row: A row with options, whose output contains its answer.
+        chat_template: As for `score_options`.
+
+    Raises:
+        ValueError: the row has no options, its output does not contain its answer, or the tokens of one option begin
+            with all those of another.
+    """
+
     def ids_of(completion: str) -> list[int]:
         return prompt_ids(tokenizer, row, completion, chat_template=chat_template)
 
@@ -98,21 +110,11 @@ def _tokenize_options(tokenizer: PreTrainedTokenizerBase, row: Row, chat_templat
     if not options:
         raise ValueError("the instruction must end in 'Answer format: a/b/...', got one without")
     sequences = [ids_of(option_completion(row, option)) for option in options]
-    shared = _common_prefix(sequences)
+    shared = common_prefix(sequences)
     if any(longer[: len(ids)] == ids for ids, longer in permutations(sequences, 2)):
         raise ValueError(f"no option's tokens may begin with all those of another, got the options {options}")
-    start = len(_common_prefix([ids_of(""), shared]))
-    return _Choice(shared, start, [ids[len(shared) :] for ids in sequences])
-
-
-def _common_prefix(sequences: Sequence[list[int]]) -> list[int]:
-    """The tokens that all sequences begin with."""
-    length = 0
-    for tokens in zip(*sequences, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return sequences[0][:length]
+    start = len(common_prefix([ids_of(""), shared]))
+    return Choice(shared, start, [ids[len(shared) :] for ids in sequences])
 
 
 def _positions(mask: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,16 @@ def example_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[in
     return list(chat["input_ids"])
 
 
+def common_prefix(sequences: Sequence[list[int]]) -> list[int]:
+    """The tokens that all sequences begin with."""
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return sequences[0][:length]
+
+
 def pad_left(
     sequences: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,8 @@
 """Reading options and answers from rows and texts."""
 
+import itertools
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -96,6 +98,10 @@ def test_option_completion_needs_the_answer_in_the_output():
         ("the correct answer is answer22", None),
         ("myanswer2", None),
         ("Venus", None),
+        # however the lines are broken
+        ("The correct\nanswer  is\n\n        answer3, not answer1", "answer3"),
+        ("answer2 ###\nInstruction: answer1", "answer2"),
+        ("answer2\nAnswer\u00a0format: answer1", "answer2"),
     ],
 )
 def test_extract_answer(text, expected):
@@ -141,6 +147,43 @@ def test_any_text_gives_none_or_an_option(text, options):
 def test_a_final_statement_decides_whatever_came_before(before, answer, after):
     text = f"{before}\nthe correct answer is {answer}\n\n{after}"
     assert answers.extract_answer(text, FOUR) == answer
+
+
+WHITESPACE = st.text(" \t\n\r\x0b\x0c\x85\u00a0\u2003\u2028\u3000", min_size=1, max_size=8)
+
+
+@given(
+    parts=st.lists(PIECES | st.sampled_from(["### Instruction", "the answer is", "12", "-3.5", "or", "true"])),
+    spaces=st.lists(WHITESPACE, min_size=1),
+    answer=st.sampled_from(["answer1", "7", "C"]),
+)
+def test_whitespace_does_not_matter(parts, spaces, answer):
+    """Every run of whitespace in a text changed into another one."""
+    plain = re.split(r"\s+", " ".join(parts))
+    text = "".join(word + space for word, space in zip(plain, itertools.cycle(spaces), strict=False))
+    assert answers.extract_answer(text, FOUR) == answers.extract_answer(" ".join(plain), FOUR)
+    assert answers.extract_number(text) == answers.extract_number(" ".join(plain))
+    asked = row(answer, options=FOUR if answer in FOUR else None)
+    assert answers.grade(asked, text) == answers.grade(asked, " ".join(plain))
+
+
+@given(text=TEXTS, answer=st.text(min_size=1) | st.text("0123456789,.-\u2212", min_size=1), ending=st.text())
+def test_any_text_can_be_graded(text, answer, ending):
+    asked = {"instruction": f"Choose. Answer format: {ending}", "output": text, "answer": answer}
+    prediction, right = answers.grade(asked, text)
+    assert isinstance(right, bool) and (prediction is not None or not right)
+    problem = answers.answer_problem(asked)
+    assert problem is None or "must" in problem
+
+
+def test_rows_that_contradict_themselves():
+    assert answers.answer_problem(row("answer1")) is None
+    assert answers.answer_problem(row("answer1", output="Answer1.")) is None
+    assert answers.answer_problem(row("anything", options=None)) is None
+    assert answers.answer_problem({"instruction": "Answer format: a/b", "output": "c"}) is None
+    assert "must be one of answer1/answer2/answer3/answer4, got 'x'" in answers.answer_problem(row("x"))
+    assert "give the answer 'answer1', got 'answer2'" in answers.answer_problem(row("answer1", output="answer2"))
+    assert "give the answer 'answer1', got None" in answers.answer_problem(row("answer1", output="Venus"))
 
 
 @pytest.mark.parametrize(

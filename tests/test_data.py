@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lslora.data import DataError, load_examples, load_rows, to_messages, to_prompt_completion
+from lslora.json_rows import MAX_ROW_BYTES
 
 ROW = {"instruction": "Say hi.", "input": "", "output": "hi", "answer": "hi"}
 
@@ -149,3 +150,51 @@ def test_any_bytes_give_rows_or_a_data_error(tmp_path_factory, content):
     except DataError:
         return
     assert rows and all(row["instruction"].strip() and row["output"].strip() for row in rows)
+
+
+TEXTS = st.text() | st.sampled_from(["a", "true", "maybe", "Is it?\n\nAnswer format: true/false", "\ud800", "\0"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=5,
+)
+MESSAGES = st.lists(st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXTS | VALUES}))
+FIELDS = dict.fromkeys(("instruction", "output", "input", "answer", "task", "text"), TEXTS | VALUES)
+OBJECTS = st.fixed_dictionaries({}, optional=FIELDS | {"messages": MESSAGES | VALUES})
+
+
+@given(st.lists(OBJECTS | VALUES, max_size=4), st.booleans(), st.booleans())
+def test_any_json_gives_valid_examples_or_a_data_error(tmp_path_factory, values, lines, chat):
+    path = tmp_path_factory.mktemp("any") / "file"
+    path.write_text("\n".join(map(json.dumps, values)) if lines else json.dumps(values), encoding="utf-8")
+    try:
+        examples = load_examples(path, chat_template=chat)
+    except DataError as error:
+        assert str(error).startswith(f"{path}: ")
+        return
+    assert examples
+    for example in examples:
+        texts = [example["text"]] if "text" in example else [example["prompt"], example["completion"]]
+        if len(texts) > 1 and isinstance(texts[0], list):
+            texts = [message["content"] for part in texts for message in part]
+        assert all(text.strip() and text.encode() and "\0" not in text for text in texts)
+
+
+def test_the_limit_of_a_row_is_in_bytes(tmp_path):
+    empty = len(json.dumps({"text": ""}))
+    for character, size in (("x", 1), ("é", 2)):
+        fits = {"text": character * ((MAX_ROW_BYTES - empty) // size)}
+        path = write(tmp_path / "fits", json.dumps(fits, ensure_ascii=False))
+        assert load_examples(path) == [fits]
+        longer = {"text": fits["text"] + character}
+        for content in (longer, [longer]):
+            path = write(tmp_path / "longer", json.dumps(content, ensure_ascii=False))
+            with pytest.raises(DataError, match="1: a row must have at most 1,000,000 bytes, got 1,000,00"):
+                load_examples(path)
+
+
+def test_long_values_are_not_repeated_whole(tmp_path):
+    instruction = "Answer format: " + "/".join(f"option{i}" for i in range(2000))
+    with pytest.raises(DataError) as error:
+        load_rows(write(tmp_path / "rows", json.dumps({"instruction": instruction, "output": "a", "answer": "b"})))
+    assert "the answer must be one of option0/option1/" in str(error.value) and len(str(error.value)) < 1000

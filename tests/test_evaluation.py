@@ -569,6 +569,11 @@ def test_script_leaves_a_strange_partial_file_alone(script, arguments, capsys):
     [
         ({}, '{"instruction": "x"}\n', "line 1: field 'output' is missing"),
         ({}, '{"instruction": "x", "output": "y"}\n', "row with index 0: a row to be scored must have an answer"),
+        (
+            {},
+            json.dumps(choice_row(0)) + "\n" + json.dumps(choice_row(0, ("a", "a-b"))),
+            "row with index 1: no option's tokens may begin with all those of another",
+        ),
         ({"--dataset": "missing.jsonl"}, None, "missing.jsonl: cannot be read"),
         ({"--adapter": "missing"}, None, "--adapter must be a folder with adapter_config.json, got missing"),
     ],

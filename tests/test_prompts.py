@@ -1,5 +1,6 @@
 """Token ids of rows and examples against those that TRL's trainer makes of the same examples."""
 
+import copy
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from lslora.data import load_examples, load_rows
+from lslora.lengths import fit_examples
 from lslora.prompts import example_ids, prompt_ids
 
 WORDS = [
@@ -47,11 +49,11 @@ def tokenizer():
     return found
 
 
-def trained_ids(tokenizer, examples, folder):
+def trained_ids(tokenizer, examples, folder, **settings):
     """What TRL trains on: token ids, and which of them it learns."""
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
-    args = SFTConfig(str(folder), use_cpu=True, bf16=False, report_to="none")
+    args = SFTConfig(str(folder), use_cpu=True, bf16=False, report_to="none", **settings)
     dataset = Dataset.from_list([dict(example) for example in examples])
     made = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer).train_dataset
     return [(row["input_ids"], row.get("labels")) for row in made]
@@ -84,3 +86,61 @@ def test_prompts_end_where_trl_begins_to_learn(tokenizer, tmp_path, chat):
         assert labels == [-100] * len(prompt) + trained[len(prompt) :]
         asked = prompt_ids(tokenizer, row, row["output"], chat_template=chat)
         assert [*asked, tokenizer.eos_token_id] == trained
+
+
+TEXTS = [{"text": "the rose is red"}, {"text": "red"}, {"text": "the rose is red <eos>"}]
+LONG = [ROWS[0], {"instruction": "is rose red ? " * 4, "output": "true"}, ROWS[1]]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss_on_prompt", [False, True])
+@pytest.mark.parametrize(
+    ("content", "chat"),
+    [(LONG, False), (LONG, True), ([{"messages": TALK}, {"messages": TALK[:2]}], False), (TEXTS, False)],
+    ids=["instructions", "chat template", "messages", "text"],
+)
+def test_what_fits_is_what_trl_keeps(tokenizer, tmp_path, content, chat, loss_on_prompt):
+    (tmp_path / "rows.json").write_text(json.dumps(content), encoding="utf-8")
+    examples = load_examples(tmp_path / "rows.json", chat_template=chat)
+    whole = trained_ids(tokenizer, examples, tmp_path, max_length=None, completion_only_loss=not loss_on_prompt)
+    begins = [next(i for i, label in enumerate(labels) if label != -100) for _, labels in whole]
+    ends = [len(ids) for ids, _ in whole]
+    limits = {max(begins), *(begin + 1 for begin in begins), max(ends) - 1, max(ends)}
+    for max_length in limits - {0, 1}:  # nothing predicts the first token
+        fit = fit_examples(tokenizer, examples, max_length, loss_on_prompt=loss_on_prompt)
+        settings = {"max_length": max_length, "completion_only_loss": not loss_on_prompt}
+        assert trained_ids(tokenizer, fit.kept, tmp_path, **settings) == [
+            (ids[:max_length], labels[:max_length])
+            for begin, (ids, labels) in zip(begins, whole, strict=True)
+            if begin < max_length
+        ]
+        assert fit.longer == sum(end > max_length for end in ends)
+        assert fit.kept == [example for i, example in enumerate(examples, start=1) if i not in fit.dropped]
+
+
+def test_what_is_dropped_is_numbered(tokenizer):
+    short, long = ({"prompt": "is " * count, "completion": "true"} for count in (3, 9))
+    fit = fit_examples(tokenizer, [short, long, short], 5)
+    assert str(fit) == (
+        "1 of 3 examples have more than 5 tokens and are cut; 1 of all keep nothing to learn and are dropped: number 2"
+    )
+    assert str(fit_examples(tokenizer, [short], 4)) == "1 of 1 examples have more than 4 tokens and are cut"
+    many = str(fit_examples(tokenizer, [short, *[long] * 12], 5))
+    assert many.endswith("number 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more")
+
+
+@pytest.mark.parametrize("max_length", [9, 1, 0, -3])
+def test_nothing_left_is_an_error(tokenizer, max_length):
+    with pytest.raises(ValueError, match=f"at least one example must have .* more than {max_length} tokens"):
+        fit_examples(tokenizer, [{"prompt": "is " * 9, "completion": "true"}], max_length)
+    with pytest.raises(ValueError, match="at least one example must have something to learn"):
+        fit_examples(tokenizer, [{"text": "red"}], min(max_length, 1), loss_on_prompt=True)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}x y"
+    good = {"prompt": TALK[:1], "completion": TALK[1:2]}
+    bad = {"prompt": [{"role": "system", "content": "a"}], "completion": TALK[1:2]}
+    with pytest.raises(ValueError, match="example 2: the tokenizer's chat template refuses it: user first"):
+        fit_examples(strict, [good, bad], 5)

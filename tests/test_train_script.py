@@ -253,6 +253,58 @@ def test_a_bad_row_stops_the_run_with_its_number(tiny, tmp_path, capsys):
     assert f"{bad}: 1 bad row(s)\n  line 2: field 'output' must be a string, got int" in capsys.readouterr().err
 
 
+def written(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_rows_that_max_length_empties_are_told_and_dropped(tiny, tmp_path, capsys, quiet):
+    """The run is the one without them."""
+    long = ROWS[0] | {"instruction": "is rose red? " * 30 + ROWS[0]["instruction"]}
+    data = written(tmp_path / "rows.jsonl", [ROWS[0], long, *ROWS[1:], long])
+    more = ["--max_length", 60, *["--quiet"] * quiet]
+    assert run(tiny, tmp_path / "told", "--dataset_path", data, *more) == 0
+    told = "2 of 26 examples have more than 60 tokens and are cut; 2 of all keep nothing to learn and are dropped: "
+    assert f"{data}: {told}number 2, 26\n" in capsys.readouterr().err
+    assert run(tiny, tmp_path / "without", *more) == 0
+    assert "examples have more than" not in capsys.readouterr().err
+    losses = [[entry["loss"] for entry in log_of(tmp_path / name)] for name in ("told", "without")]
+    assert losses[0] == losses[1]
+
+
+def test_rows_that_are_cut_are_counted_unless_quiet(tiny, tmp_path, capsys):
+    assert run(tiny, tmp_path / "out", "--max_length", 26, "--max_steps", 1) == 0
+    assert "24 of 24 examples have more than 26 tokens and are cut\n" in capsys.readouterr().err
+    assert run(tiny, tmp_path / "quiet", "--max_length", 26, "--max_steps", 1, "--quiet") == 0
+    assert "more than" not in capsys.readouterr().err
+
+
+# Two words that the tokenizer does not know, so that their tokens are the same.
+ALIKE = {"instruction": "is rose red? Answer format: crimson/scarlet", "output": "crimson", "answer": "crimson"}
+
+
+@pytest.mark.parametrize(
+    ("more", "eval_rows", "message"),
+    [
+        (["--max_length", 5], [], "at least one example must have something to learn: 24 of 24 examples"),
+        (
+            [],
+            [ROWS[0], ROWS[0] | {"answer": ""}],
+            "eval.jsonl: row with index 1: a row to be scored must have an answer",
+        ),
+        ([], [ROWS[0], ALIKE], "eval.jsonl: row with index 1: no option's tokens may begin with all those of another"),
+    ],
+)
+def test_what_cannot_be_learned_or_scored_is_told_before_training(tiny, tmp_path, capsys, more, eval_rows, message):
+    if eval_rows:
+        more = [*more, "--eval_dataset_path", written(tmp_path / "eval.jsonl", eval_rows)]
+    assert run(tiny, tmp_path / "out", *more) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_recipes_that_cannot_run_stop_at_once():
     wrong = subprocess.run(["bash", ROOT / "train_lslora.sh", "phi4"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "the recipe must be smollm2 or phi3, got 'phi4'" in wrong.stderr
@@ -311,6 +363,9 @@ def test_what_it_saves_is_exported_as_plain_lora(tiny, tmp_path, capsys):
     arguments = ["--adapter", tmp_path / "trained", "--dataset", data, "--output", tmp_path / "plain"]
     assert export_lslora.main([str(a) for a in (*arguments, "--tolerance", 0)]) == 2
     assert "error: the linear updates must be within 0 of the trained ones" in capsys.readouterr().err
+    alike = ["--tolerance", 1, "--eval_dataset", written(tmp_path / "eval.jsonl", [ALIKE])]
+    assert export_lslora.main([str(a) for a in (*arguments, *alike)]) == 2
+    assert "row with index 0: no option's tokens may begin" in capsys.readouterr().err
     assert not (tmp_path / "plain").exists()
     assert export_lslora.main([str(a) for a in (*arguments, "--tolerance", 1, "--eval_dataset", data)]) == 0
     assert "over 14 layers" in capsys.readouterr().out

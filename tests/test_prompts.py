@@ -142,5 +142,5 @@ def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
     strict.chat_template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}x y"
     good = {"prompt": TALK[:1], "completion": TALK[1:2]}
     bad = {"prompt": [{"role": "system", "content": "a"}], "completion": TALK[1:2]}
-    with pytest.raises(ValueError, match="example 2: the tokenizer's chat template refuses it: user first"):
+    with pytest.raises(ValueError, match="example 2: the tokenizer's chat template refuses the messages: user first"):
         fit_examples(strict, [good, bad], 5)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .data import Example
-from .prompts import common_prefix, example_ids
+from .prompts import chat_ids, common_prefix, example_ids
 
 MAX_SHOWN_EXAMPLES = 10
 
@@ -59,8 +58,8 @@ def fit_examples(
     for number, example in enumerate(examples, start=1):
         try:
             ids, start = _learned(tokenizer, example)
-        except TemplateError as error:
-            raise ValueError(f"example {number}: the tokenizer's chat template refuses it: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"example {number}: {error}") from error
         length = len(ids) + _ends_with_a_token(tokenizer, example)
         longer += length > max_length
         # Nothing predicts the first token, so it is never learned.
@@ -79,11 +78,10 @@ def _learned(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list
     ids = example_ids(tokenizer, example)
     if "text" in example:
         return ids, 0
-    prompt: Any = example["prompt"]
+    prompt = example["prompt"]
     if isinstance(prompt, str):
         return ids, len(common_prefix([list(tokenizer(prompt)["input_ids"]), ids]))
-    chat: Any = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return ids, len(common_prefix([list(chat["input_ids"]), ids]))
+    return ids, len(common_prefix([chat_ids(tokenizer, prompt, add_generation_prompt=True), ids]))
 
 
 def _ends_with_a_token(tokenizer: PreTrainedTokenizerBase, example: Example) -> bool:

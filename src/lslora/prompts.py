@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .data import Example, Row, to_messages, to_prompt_completion
@@ -44,7 +45,19 @@ def example_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[in
     prompt, completion = example["prompt"], example["completion"]
     if isinstance(prompt, str):
         return list(tokenizer(f"{prompt}{completion}")["input_ids"])
-    chat: Any = tokenizer.apply_chat_template([*prompt, *completion], tokenize=True, return_dict=True)
+    return chat_ids(tokenizer, [*prompt, *completion])
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
+) -> list[int]:
+    """Token ids of messages by the tokenizer's chat template; ValueError where it refuses them, as for their roles."""
+    try:
+        chat: Any = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
     return list(chat["input_ids"])
 
 

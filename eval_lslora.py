@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lslora.adapter_files import check_adapter_files
 from lslora.answers import SCORERS
 from lslora.data import Row, load_rows
 from lslora.embedded import resolve_model_name
@@ -32,7 +33,7 @@ from lslora.progress import bars_hidden, hide_library_bars
 from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
 
 ADAPTER, BASE = "adapter", "base"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,13 +42,23 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         rows = read_rows(args.dataset, args.limit, args.seed)
         settings = settings_of(args)
+        check_base(settings["model_name"])
         check_questions(settings["model_name"], rows, args.scorer, chat_template=args.chat_template)
         file, known = open_partial(partial_path(args.output), settings)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     with file:
-        predictions = predict(args, settings["model_name"], rows, known, file)
+        if hidden := bars_hidden(args.quiet):
+            hide_library_bars()
+        try:
+            model, tokenizer = load_model(settings["model_name"], args.adapter, args.dtype)
+        except (OSError, TypeError, ValueError) as error:
+            print(error, file=sys.stderr)
+            if not any(known.values()):
+                partial_path(args.output).unlink()
+            return 2
+        predictions = predict(args, model, tokenizer, rows, known, file, hidden)
     results = summaries(settings, predictions, args.seed)
     write_whole(args.output, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     partial_path(args.output).unlink()
@@ -112,18 +123,21 @@ def base_name(adapter: Path | None, given: str | None) -> str:
         config = adapter / ADAPTER_FILES[0]
         if not config.is_file():
             raise ValueError(f"--adapter must be a folder with {ADAPTER_FILES[0]}, got {adapter}")
-        try:
-            named = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{config}: must be JSON: {error}") from error
+        named = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        check_adapter_files(adapter)
     if not (given or named):
         raise ValueError(f"{adapter} does not name its base model: give it with --model_name")
     return str(given or named)
 
 
+def check_base(model_name: str) -> None:
+    """Raise OSError or ValueError if there is no such base model, or none that transformers itself can make."""
+    AutoConfig.from_pretrained(resolve_model_name(model_name), trust_remote_code=False)
+
+
 def check_questions(model_name: str, rows: list[Row], scorer: str = "auto", *, chat_template: bool) -> None:
     """ValueError, before the model is loaded, for rows that cannot be scored or asked with its chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(model_name))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(model_name), trust_remote_code=False)
     if chat_template and not tokenizer.chat_template:
         raise ValueError(f"--chat_template needs a tokenizer that has one, that of {model_name} has none")
     check_rows(tokenizer, rows, scorer, chat_template=chat_template)
@@ -184,15 +198,14 @@ def write_line(file: BufferedRandom, value: dict[str, Any]) -> None:
 
 def predict(
     args: argparse.Namespace,
-    model_name: str,
+    model: Any,
+    tokenizer: Any,
     rows: list[Row],
     known: dict[str, list[Prediction]],
     file: BufferedRandom,
+    hidden: bool,
 ) -> dict[str, list[Prediction]]:
-    """Load the model and let it answer: with the adapter if there is one, without if asked for, in this order."""
-    if hidden := bars_hidden(args.quiet):
-        hide_library_bars()
-    model, tokenizer = load_model(model_name, args.adapter, args.dtype)
+    """Let the model answer: with the adapter if there is one, without if asked for, in this order."""
     sides: dict[str, Any] = {ADAPTER if args.adapter else BASE: nullcontext()}
     if args.base:
         sides[BASE] = model.disable_adapter()
@@ -221,11 +234,11 @@ def predict(
 def load_model(model_name: str, adapter: Path | None, dtype: str) -> tuple[Any, Any]:
     """The base model, on the GPU if there is one, with the adapter if one is given; and the base's tokenizer."""
     name = resolve_model_name(model_name)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
-    return model, AutoTokenizer.from_pretrained(name)
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def summaries(settings: dict[str, Any], predictions: dict[str, list[Prediction]], seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 
-from eval_lslora import base_name, check_questions, load_model, positive
+from eval_lslora import base_name, check_base, check_questions, load_model, positive
 from lslora.data import Example, Row, load_examples, load_rows
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
@@ -36,11 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         base = base_name(args.adapter, args.model_name)
+        check_base(base)
         examples = load_examples(args.dataset, chat_template=args.chat_template)[: args.rows]
         eval_rows = load_rows(args.eval_dataset) if args.eval_dataset else []
         check_questions(base, eval_rows, chat_template=args.chat_template)
         results = export(args, base, examples, eval_rows)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_whole(args.output / "export.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")

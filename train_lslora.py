@@ -185,8 +185,9 @@ def missing_model(model_name: str, *, chats: bool) -> list[str]:
     from lslora.embedded import resolve_model_name
 
     try:
-        AutoConfig.from_pretrained(resolve_model_name(model_name))
-        if chats and not AutoTokenizer.from_pretrained(resolve_model_name(model_name)).chat_template:
+        name = resolve_model_name(model_name)
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if chats and not AutoTokenizer.from_pretrained(name, trust_remote_code=False).chat_template:
             return [f"a chat template: the tokenizer of {model_name} has none, and conversations need one"]
     except (OSError, RuntimeError, ValueError) as error:
         return [f"the model {model_name}: {str(error).splitlines()[0]}"]
@@ -201,7 +202,7 @@ def usable_examples(args: argparse.Namespace, examples: list[Example], eval_rows
     from lslora.evaluation import check_rows
     from lslora.lengths import fit_examples
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(args.model_name))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(args.model_name), trust_remote_code=False)
     try:
         check_rows(tokenizer, eval_rows, chat_template=args.chat_template)
     except ValueError as error:
@@ -332,8 +333,10 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
             bnb_4bit_compute_dtype=dtype,
         )
     name = resolve_model_name(args.model_name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=quantization)
-    return model, AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, quantization_config=quantization, trust_remote_code=False
+    )
+    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def adapter_config(args: argparse.Namespace) -> Any:

@@ -1,7 +1,6 @@
 """Saved adapters: whole ones load everywhere, damaged ones raise, and none becomes plain LoRA in silence."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -77,13 +76,13 @@ def widen(tensors, key):
 
 
 DAMAGES = {
-    drop: (ValueError, r"the checkpoint has no .*down_proj.lora_spline.default.weight"),
-    rename: (ValueError, r"the checkpoint has no .*down_proj.lora_spline.default.weight"),
-    drop_all: (ValueError, r"the checkpoint has no .*lora_spline.default.weight"),
-    drop_scale: (ValueError, r"the checkpoint has no .*grid_scale"),
-    spoil: (ValueError, r"down_proj.lora_spline.default.weight must be finite, got .*nan"),
-    spoil_scale: (ValueError, r"grid_scale must be finite, got \[inf\]"),
-    widen: (RuntimeError, r"size mismatch for .*down_proj.lora_spline.default.weight"),
+    drop: r"adapter_model.safetensors: the checkpoint has no .*down_proj.lora_spline.weight",
+    rename: r"the checkpoint has .*down_proj.lora_spline.values, which its config does not know",
+    drop_all: r"the checkpoint has no .*lora_spline.(weight|grid_scale|(in|out)put_scale_offset)",
+    drop_scale: r"the checkpoint has no .*grid_scale",
+    spoil: r"down_proj.lora_spline.weight must be finite, got nan",
+    spoil_scale: r"grid_scale must be finite, got inf",
+    widen: r"down_proj.lora_spline.weight must have the shape \(5\), got \(7,\)",
 }
 
 
@@ -119,30 +118,60 @@ def test_a_whole_checkpoint_gives_the_same_outputs(saved, load):
 
 
 @pytest.mark.parametrize("damaging", DAMAGES)
-@pytest.mark.parametrize("load", LOADERS[:-1])
+@pytest.mark.parametrize("load", LOADERS)
 def test_a_damaged_checkpoint_raises(saved, load, damaging):
     folder, _ = saved
     damage(folder, damaging)
-    error, message = DAMAGES[damaging]
-    with pytest.raises(error, match=message.replace("default", "(default|second)")):
+    with pytest.raises(ValueError, match=DAMAGES[damaging]):
         load(folder)
 
 
-@pytest.mark.parametrize("damaging", [drop, rename, drop_all, drop_scale])
-def test_transformers_reports_what_is_missing(saved, damaging, caplog):
-    """Its loader passes by every method of ours; it lists what is missing, as it does for LoRA."""
+@pytest.mark.parametrize(
+    ("damaging", "message"),
+    [
+        (drop, "the checkpoint has no .*down_proj.lora_spline.default.weight"),
+        (drop_scale, "the checkpoint has no .*grid_scale"),
+        (spoil, "down_proj.lora_spline.default.weight must be finite, got .*nan"),
+        (spoil_scale, r"grid_scale must be finite, got \[inf\]"),
+        (widen, "size mismatch for .*down_proj.lora_spline.default.weight: must be .5,., got .7,."),
+    ],
+)
+def test_a_damaged_state_dict_raises(saved, damaging, message):
+    """Where there is no file to check: what a hub or a program hands over."""
     folder, _ = saved
     damage(folder, damaging)
-    logging.getLogger("transformers").propagate = True
-    load_with_transformers(folder)
-    assert "MISSING" in caplog.text and "lora_spline" in caplog.text
+    with pytest.raises(ValueError, match=message):
+        set_peft_model_state_dict(adapted(), load_file(folder / "adapter_model.safetensors"))
 
 
-def test_transformers_refuses_other_shapes(saved):
+def without_layer(tensors, key):
+    for name in [name for name in tensors if "down_proj" in name]:
+        del tensors[name]
+
+
+def of_another_layer(tensors, key):
+    for name in [name for name in tensors if "down_proj" in name]:
+        tensors[name.replace("down", "up")] = tensors[name].clone()
+
+
+def spoil_b(tensors, key):
+    tensors[key.replace("lora_spline", "lora_B")][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damaging", "message"),
+    [
+        (without_layer, "the checkpoint has no .*down_proj.lora_[AB].default.weight"),
+        (of_another_layer, "the checkpoint has .*up_proj.lora.*, for which the model has no adapted layer"),
+        (spoil_b, "down_proj.lora_B.*must be finite"),
+    ],
+)
+@pytest.mark.parametrize("load", LOADERS[:3])
+def test_other_layers_than_the_models_raise(saved, load, damaging, message):
     folder, _ = saved
-    damage(folder, widen)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        load_with_transformers(folder)
+    damage(folder, damaging)
+    with pytest.raises(ValueError, match=message.replace("default", "(default|second)")):
+        load(folder)
 
 
 def test_a_state_dict_of_plain_lora_is_refused():

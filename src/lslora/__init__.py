@@ -1,6 +1,7 @@
 """LS-LoRA: LoRA whose update passes through one small learnable spline per layer, for Hugging Face peft.
 
-Importing this package registers the method with peft, in memory; that is its only side effect.
+Importing this package registers the method with peft, and the checks of its adapters' files, in memory; that is its
+only side effect.
 """
 
 from importlib.metadata import version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NoReturn
 
 from peft.tuners.lora import LoraModel
@@ -19,6 +20,22 @@ class LSLoraModel(LoraModel):
     Everything but the layers' update is `peft.LoraModel`'s: targeting, ranks, several adapters, saving and loading.
     Merging raises ValueError where the update is not linear in the layer's input, so unless `placement="weight"`.
     """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # peft makes a folder of this name when it saves, and a module, whose name must have no dot.
+        if not re.fullmatch(r"[^\x00-\x1f\x7f/\\.]+", adapter_name):
+            raise ValueError(
+                f"an adapter's name must have no dot, no slash and no control character, got {adapter_name!r}"
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_model(self, peft_config: LSLoraConfig, model: nn.Module) -> None:
+        try:
+            super()._prepare_model(peft_config, model)
+        except IndexError as error:
+            raise ValueError(
+                f"layer_replication must name layers that the model has, got {peft_config.layer_replication}"
+            ) from error
 
     def _create_and_replace(
         self, lora_config: LSLoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
@@ -48,9 +65,39 @@ class LSLoraModel(LoraModel):
         _validate_lora_adapter_state_dict(found, adapter_name)
         return found
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _check_complete(model.state_dict(), adapter_name, found)
+        return found
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise ValueError: a weighted sum of nonlinear updates is no LS-LoRA update."""
         raise ValueError(
             "LS-LoRA adapters cannot be combined into one: a weighted sum of updates through different splines is "
             "not an update through one spline. Activate several adapters, or name one per row with `adapter_names`."
         )
+
+
+def _check_complete(known: dict[str, Tensor], adapter_name: str, found: dict[str, Tensor]) -> None:
+    """Raise ValueError unless a checkpoint has what the model's adapter has, in the same shapes, and finite.
+
+    peft loads adapters with `strict=False`: what is missing would stay as it was drawn, what is surplus would be
+    dropped, without an error. What a spline needs its layer checks.
+    """
+    own = re.compile(rf".*\.lora_(A|B|embedding_A|embedding_B)\.{re.escape(adapter_name)}(\..+)?")
+    for key in known.keys() - found.keys():
+        if own.fullmatch(key):
+            raise ValueError(f"the checkpoint has no {key}, which the adapter's config asks for")
+    for key, tensor in found.items():
+        if ".lora_" not in key:
+            continue
+        if key not in known:
+            raise ValueError(f"the checkpoint has {key}, for which the model has no adapted layer")
+        # ZeRO-3 leaves nothing of a parameter outside of its module's forward.
+        if known[key].numel() and known[key].shape != tensor.shape:
+            raise ValueError(f"size mismatch for {key}: must be {tuple(known[key].shape)}, got {tuple(tensor.shape)}")
+        if own.fullmatch(key) and not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"the checkpoint's {key} must be finite")

@@ -1,4 +1,4 @@
-"""Makes peft know the method: adds LSLORA to its tables, in memory and once."""
+"""Makes peft know the method: adds LSLORA to its tables and guards its adapters' files, in memory and once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def add_enum_member(enum: Any, name: str) -> None:
 
 
 def register() -> None:
-    """Add LSLORA to peft's methods; a second call does nothing."""
+    """Add LSLORA to peft's methods, and check the files of its adapters; a second call does nothing."""
     check_peft_version(version("peft"))
 
     from peft import PeftType
@@ -56,8 +56,10 @@ def register() -> None:
         return
     add_enum_member(PeftType, METHOD)
 
+    from . import guards
     from .config import LSLoraConfig
     from .model import LSLoraModel
 
     register_peft_method(name="lslora", config_cls=LSLoraConfig, model_cls=LSLoraModel, prefix=LSLoraModel.prefix)
     CONFIG_KEYS_TO_CHECK[PeftType(METHOD)] = HOTSWAP_KEYS
+    guards.install()

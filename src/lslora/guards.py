@@ -70,11 +70,15 @@ def _guard_tensors() -> None:
 
     @functools.wraps(original)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.base_model, LSLoraModel):
-            folder = _folder_of(model_id, self._split_kwargs(kwargs)[0])
-            if adapter_name in self.peft_config:
-                check_adapter_files(folder, self.peft_config[adapter_name])
-        return original(self, model_id, adapter_name, *args, **kwargs)
+        if not isinstance(self.base_model, LSLoraModel):
+            return original(self, model_id, adapter_name, *args, **kwargs)
+        folder = _folder_of(model_id, self._split_kwargs(kwargs)[0])
+        if adapter_name in self.peft_config:
+            check_adapter_files(folder, self.peft_config[adapter_name])
+        try:
+            return original(self, model_id, adapter_name, *args, **kwargs)
+        except KeyError as error:  # how peft says that there is nothing for modules_to_save or trainable tokens
+            raise ValueError(f"{folder}: the checkpoint has no {error}, which its config asks for") from error
 
     PeftModel.load_adapter = load_adapter
 

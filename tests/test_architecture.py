@@ -1,4 +1,4 @@
-"""Imports run one way: `__init__ → registry → model → layer → placement → spline → ops.spline → … → reference`."""
+"""Imports run one way: `__init__ → registry → guards → model → layer → placement → spline → … → reference`."""
 
 import ast
 from pathlib import Path

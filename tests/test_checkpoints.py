@@ -1,9 +1,15 @@
 """Saved adapters: whole ones load everywhere, damaged ones raise, and none becomes plain LoRA in silence."""
 
 import copy
+import json
+import tempfile
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
@@ -206,6 +212,58 @@ def test_an_adapter_whose_name_begins_like_anothers_loads_alone(base):
     model = get_peft_model(nn.Sequential(base()), LSLoraConfig(target_modules=["0"]), adapter_name="a")
     model.add_adapter("ab", LSLoraConfig(target_modules=["0"]))
     set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="ab"), adapter_name="ab")
+
+
+CONFIGS = st.fixed_dictionaries(
+    {
+        "r": st.integers(1, 9),
+        "lora_alpha": st.integers(1, 64) | st.floats(-1e3, 1e3),
+        "lora_dropout": st.floats(0, 1),
+        "use_rslora": st.booleans(),
+        "rank_pattern": st.sampled_from([{}, {"up_proj": 5}, {r".*\.0\.self_attn\.q_proj": 3, "embed_tokens": 4}]),
+        "alpha_pattern": st.sampled_from([{}, {"q_proj": 3}, {"down_proj": 0.5}]),
+        "target_modules": st.sampled_from(["all-linear", r".*\.(q_proj|up_proj)", ["q_proj", "embed_tokens"]]),
+        "exclude_modules": st.sampled_from([None, ["gate_proj"], "v_proj"]),
+        "modules_to_save": st.sampled_from([None, ["lm_head"]]),
+        "bias": st.sampled_from(["none", "all", "lora_only"]),
+        "init_lora_weights": st.sampled_from([True, False, "gaussian", "orthogonal"]),
+        "num_knots": st.integers(2, 40),
+        "k_min": st.floats(-1e6, -1e-6),
+        "k_max": st.floats(1e-6, 1e6),
+        "learn_scales": st.booleans(),
+        "calibration_steps": st.integers(0, 3),
+        "spline_reg_weight": st.floats(0, 1),
+        "interpolation_method": st.sampled_from(["piecewise", "soft"]),
+        "extrapolation": st.sampled_from(["clamp", "linear"]),
+        "soft_temperature": st.floats(1e-6, 1e6),
+        "placement": st.sampled_from(["output", "bottleneck", "weight"]),
+    }
+)
+
+
+@given(config=CONFIGS, trained=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_any_legal_config_comes_back_with_its_tensors(config, trained):
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        if config["init_lora_weights"] == "orthogonal":
+            config["r"], config["rank_pattern"] = 2, {}  # peft wants an even rank that no layer is narrower than
+        model = get_peft_model(llama(), LSLoraConfig(**config, task_type="CAUSAL_LM"))
+        for number, spline in enumerate(m for m in model.modules() if trained and isinstance(m, Spline)):
+            if spline.grid_scale is not None:
+                spline.calibrate(0.1 + number)
+            spline.values = spline.grid * 1.5
+        model.save_pretrained(folder)
+        again = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
+        expected, found = (get_peft_model_state_dict(m) for m in (model, again))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items())
+        saved = json.loads(Path(folder, "adapter_config.json").read_text())
+        for name, value in again.peft_config["default"].to_dict().items():
+            if name != "inference_mode":
+                assert (sorted(value) if isinstance(value, set) else value) == (
+                    sorted(saved[name]) if isinstance(value, set) else saved[name]
+                )
 
 
 def test_saving_pieces_for_the_whole_warns(tmp_path):

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -46,6 +48,32 @@ def adapted(config_class, seed=0, net=None, targets=LAYERS, **settings):
 
 def splines(model):
     return [module for module in model.modules() if isinstance(module, Spline)]
+
+
+@given(
+    shape=st.lists(st.integers(0, 4), max_size=4),
+    ends=st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=2, unique=True).map(sorted),
+    num_knots=st.integers(2, 40),
+    options=st.fixed_dictionaries(
+        {
+            "interpolation_method": st.sampled_from(["piecewise", "soft"]),
+            "extrapolation": st.sampled_from(["clamp", "linear"]),
+            "soft_temperature": st.floats(1e-6, 1e6),
+            "learn_scales": st.booleans(),
+        }
+    ),
+)
+@settings(deadline=None)
+def test_a_spline_starts_as_the_identity_whatever_the_shape_and_the_range(shape, ends, num_knots, options):
+    k_min, k_max = ends
+    try:
+        config = LSLoraConfig(num_knots=num_knots, k_min=k_min, k_max=k_max, **options)
+    except ValueError as error:
+        assume("so far apart that fp32 can tell" not in str(error))
+        raise
+    z = k_min + (k_max - k_min) * (3 * torch.rand(shape) - 1)
+    expected = z if config.extrapolation == "linear" else z.clamp(k_min, k_max)
+    assert torch.equal(Spline(config)(z), expected)
 
 
 @pytest.mark.parametrize("extrapolation", ["clamp", "linear"])

@@ -62,6 +62,28 @@ def test_piecewise_equals_numpy_interpolation(num_knots):
     np.testing.assert_allclose(y.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
+@given(
+    offsets=st.lists(st.floats(-1e3, 1e3, width=32), min_size=2, max_size=20),
+    k_min=st.floats(-1e3, 1e3),
+    width=st.floats(1e-2, 1e3),
+    positions=st.lists(st.floats(0, 1), min_size=1, max_size=20),
+    method=st.sampled_from(METHODS),
+)
+def test_values_lie_in_the_hull_of_the_neighbouring_knots(offsets, k_min, width, positions, method):
+    """Deviations from the identity, that is: of the two knots beside z, or of all knots for the soft spline."""
+    k_max = k_min + width
+    z = (k_min + width * torch.tensor(positions, dtype=torch.float64)).clamp(k_min, k_max)
+    offsets, one = torch.tensor(offsets, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    y = spline(z, offsets, one, one, k_min=k_min, k_max=k_max, interpolation_method=method)
+    left = (((z - k_min) / width * (len(offsets) - 1)).floor().long()).clamp(0, len(offsets) - 2)
+    beside = torch.stack([offsets[left], offsets[left + 1]])
+    if method == "soft":
+        beside = offsets[:, None].expand(-1, len(z))
+    # A position beside a knot may round to the interval on its other side: by as much as heights change in 1e-9 of it.
+    slack = 1e-9 * (1 + offsets.abs().max())
+    assert (y - z >= beside.min(0).values - slack).all() and (y - z <= beside.max(0).values + slack).all()
+
+
 def test_piecewise_linear_extrapolation_continues_the_end_segments():
     offsets, one = torch.tensor([0.5, 0.0, -1.0], dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     z = torch.tensor([-5.0, -1.0, 0.0, 1.0, 4.0], dtype=torch.float64)

@@ -66,9 +66,10 @@ def spline(
         raise ValueError(f"interpolation_method must be one of {INTERPOLATION_METHODS}, got {interpolation_method!r}")
     if interpolation_method == "piecewise":
         return _Piecewise.apply(z, *parameters, grid)
-    return reference.spline(
+    y = reference.spline(
         z.to(dtype), *parameters, grid, interpolation_method=interpolation_method, soft_temperature=soft_temperature
-    ).to(z.dtype)
+    )
+    return y.to(z.dtype).reshape(z.shape)  # a number times the scales has one dimension
 
 
 def checked_parameters(

@@ -12,7 +12,7 @@ ALLOWED = {
     "guards": {"adapter_files", "config", "config_file", "model"},
     "adapter_files": set(),
     "config_file": set(),
-    "model": {"config", "layer"},
+    "model": {"config", "config_file", "layer"},
     "layer": {"config", "placement"},
     "placement": {"config", "spline"},
     "spline": {"calibration", "config", "penalty", "ops.spline", "ops.update"},

@@ -174,10 +174,20 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
 
 
-def test_layers_that_the_model_has_not_are_not_replicated():
-    config = LSLoraConfig(r=2, target_modules=["q_proj"], layer_replication=[[0, 5]])
-    with pytest.raises(ValueError, match="layer_replication must name layers that the model has"):
-        get_peft_model(llama(), config)
+@pytest.mark.parametrize("settings", [{"layer_replication": [[0, 5]]}, {"trainable_token_indices": [40]}])
+def test_what_the_model_has_not_is_not_taken(settings):
+    with pytest.raises(ValueError, match="must name layers and tokens that the model has"):
+        get_peft_model(llama(), LSLoraConfig(r=2, target_modules=["q_proj"], **settings))
+
+
+def test_tokens_must_have_a_row_each(tmp_path):
+    config = LSLoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    get_peft_model(llama(), config).save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(llama(), tmp_path)
+    changed = json.loads((tmp_path / CONFIG).read_text()) | {"trainable_token_indices": [1, 5, 6]}
+    (tmp_path / CONFIG).write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="trainable_tokens_delta must have a row for each of trainable_token_indices"):
+        PeftModel.from_pretrained(llama(), tmp_path)
 
 
 # The scripts.

@@ -63,6 +63,7 @@ def check_adapter_files(folder: Path, config: Any = None) -> None:
             _check_tensors(path, tensors)
             if config is not None:
                 _check_layers(path, tensors, config)
+                _check_whole_modules(path, tensors, config)
             for key, tensor in tensors.items():
                 if tensor.dtype in FLOATS and not (found := file.get_tensor(key)).isfinite().all():
                     bad = found[~found.isfinite()][0].item()
@@ -114,6 +115,21 @@ def _check_layers(path: Path, tensors: dict[str, Stored], config: Any) -> None:
             if len(shape) < len(wanted) or not fits:
                 expected = ", ".join("any" if want is None else str(want) for want in wanted)
                 raise ValueError(f"{path}: {layer}.{name} must have the shape ({expected}), got {shape}")
+
+
+def _check_whole_modules(path: Path, tensors: dict[str, Stored], config: Any) -> None:
+    """What is trained besides the layers must be there; modules that peft adds by itself may be no part of a model."""
+    modules = config.modules_to_save or ()
+    if modules and not any(f".{name}." in f".{key}" for name in modules for key in tensors):
+        raise ValueError(f"{path}: the checkpoint has no tensor of {', '.join(modules)}, which its config asks for")
+    tokens = config.trainable_token_indices
+    counts = {len(indices) for indices in (tokens.values() if isinstance(tokens, dict) else [tokens or ()])} - {0}
+    deltas = {key: tensor for key, tensor in tensors.items() if key.endswith(".trainable_tokens_delta")}
+    if counts and not deltas:
+        raise ValueError(f"{path}: the checkpoint has no trainable_tokens_delta, which its config asks for")
+    for key, tensor in deltas.items():
+        if tensor.shape[:1] not in {(count,) for count in counts}:
+            raise ValueError(f"{path}: {key} must have a row for each of trainable_token_indices, got {tensor.shape}")
 
 
 def _shapes(layer: str, found: dict[str, Stored], config: Any) -> dict[str, tuple[int | None, ...]]:

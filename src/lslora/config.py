@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftType
@@ -133,6 +134,9 @@ class LSLoraConfig(LoraConfig):
         _check_number("lora_dropout", self.lora_dropout)
         if not 0 <= self.lora_dropout <= 1:
             raise ValueError(f"lora_dropout must be within 0 and 1, got {self.lora_dropout}")
+        tokens = self.trainable_token_indices or []
+        for token in chain.from_iterable(tokens.values()) if isinstance(tokens, dict) else tokens:
+            _check_int("trainable_token_indices", token, 0)
         replicated = 0
         for start, end in self.layer_replication or ():
             if not 0 <= start < end:

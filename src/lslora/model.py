@@ -11,6 +11,7 @@ from peft.utils.save_and_load import _validate_lora_adapter_state_dict
 from torch import Tensor, nn
 
 from .config import LSLoraConfig
+from .config_file import brief
 from .layer import LSLoraLayer, adopt
 
 
@@ -27,14 +28,13 @@ class LSLoraModel(LoraModel):
             raise ValueError(
                 f"an adapter's name must have no dot, no slash and no control character, got {adapter_name!r}"
             )
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-
-    def _prepare_model(self, peft_config: LSLoraConfig, model: nn.Module) -> None:
         try:
-            super()._prepare_model(peft_config, model)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         except IndexError as error:
+            config = self.peft_config[adapter_name]
             raise ValueError(
-                f"layer_replication must name layers that the model has, got {peft_config.layer_replication}"
+                "layer_replication and trainable_token_indices must name layers and tokens that the model has, got "
+                f"{brief(config.layer_replication)} and {brief(config.trainable_token_indices)}"
             ) from error
 
     def _create_and_replace(

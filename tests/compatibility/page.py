@@ -37,9 +37,10 @@ def page(found: Results) -> str:
 
 def cell(outcomes: list[str]) -> str:
     """One text where all placements agree, else one for each."""
-    if len(set(outcomes)) == 1:
-        return text(outcomes[0])
-    return "<br>".join(f"{placement}: {text(o)}" for placement, o in zip(PLACEMENTS, outcomes, strict=True))
+    texts = list(map(text, outcomes))
+    if len(set(texts)) == 1:
+        return texts[0]
+    return "<br>".join(f"{placement}: {found}" for placement, found in zip(PLACEMENTS, texts, strict=True))
 
 
 def text(outcome: str) -> str:

@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--r", type=int, default=16, help="rank")
     group.add_argument("--lora_alpha", type=int, default=32)
     group.add_argument("--lora_dropout", type=float, default=0.05)
+    group.add_argument("--use_rslora", action="store_true", help="divide lora_alpha by the root of r instead of r")
     group.add_argument("--target_modules", nargs="+", default=["all-linear"])
 
     group = parser.add_argument_group("spline (--method lslora)")
@@ -349,6 +350,7 @@ def adapter_config(args: argparse.Namespace) -> Any:
         "r": args.r,
         "lora_alpha": args.lora_alpha,
         "lora_dropout": args.lora_dropout,
+        "use_rslora": args.use_rslora,
         "bias": "none",
         "task_type": "CAUSAL_LM",
         "target_modules": "all-linear" if everything else args.target_modules,

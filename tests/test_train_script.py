@@ -122,6 +122,15 @@ def test_recommended_settings_are_defaults_that_flags_still_override():
     assert (plain.lora_alpha, plain.spline_lr_ratio, plain.calibration_steps) == (32, 1.0, 0)
 
 
+@pytest.mark.parametrize("method", ["lora", "lslora"])
+def test_rslora_is_for_both_methods(method):
+    given = ["--model_name", "m", "--dataset_path", "d", "--output_dir", "o", "--method", method]
+    found = [
+        train_lslora.adapter_config(train_lslora.parse_args(a)).use_rslora for a in (given, [*given, "--use_rslora"])
+    ]
+    assert found == [False, True]
+
+
 def test_plain_lora_with_everything_else_equal(tiny, tmp_path):
     """With the splines held at the identity by a vanishing learning rate, both methods log the same losses.
 

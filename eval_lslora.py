@@ -37,7 +37,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the evaluation; 0 when it is done, 2 when the arguments or the data are not usable."""
+    """Run the evaluation; 0 when it is done, 1 when it cannot be written, 2 when arguments or data are not usable."""
     args = parse_arguments(arguments)
     try:
         rows = read_rows(args.dataset, args.limit, args.seed)
@@ -48,19 +48,24 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    with file:
-        if hidden := bars_hidden(args.quiet):
-            hide_library_bars()
-        try:
-            model, tokenizer = load_model(settings["model_name"], args.adapter, args.dtype)
-        except (OSError, TypeError, ValueError) as error:
-            print(error, file=sys.stderr)
-            if not any(known.values()):
-                partial_path(args.output).unlink()
-            return 2
-        predictions = predict(args, model, tokenizer, rows, known, file, hidden)
-    results = summaries(settings, predictions, args.seed)
-    write_whole(args.output, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    if hidden := bars_hidden(args.quiet):
+        hide_library_bars()
+    try:
+        model, tokenizer = load_model(settings["model_name"], args.adapter, args.dtype)
+    except (OSError, TypeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        file.close()
+        if not any(known.values()):
+            partial_path(args.output).unlink()
+        return 2
+    try:
+        with file:
+            predictions = predict(args, model, tokenizer, rows, known, file, hidden)
+        results = summaries(settings, predictions, args.seed)
+        write_whole(args.output, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+    except OSError as error:  # the disk is full, say; what was answered until then is kept
+        print(f"{args.output} could not be written: {error}", file=sys.stderr)
+        return 1
     partial_path(args.output).unlink()
     if not args.quiet:
         report(results)

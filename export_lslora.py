@@ -35,16 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Export the adapter; 0 when it is written, 2 when it cannot be."""
     args = parse_arguments(arguments)
     try:
-        base = base_name(args.adapter, args.model_name)
-        check_base(base)
         examples = load_examples(args.dataset, chat_template=args.chat_template)[: args.rows]
         eval_rows = load_rows(args.eval_dataset) if args.eval_dataset else []
+        base = base_name(args.adapter, args.model_name)
+        check_base(base)
         check_questions(base, eval_rows, chat_template=args.chat_template)
         results = export(args, base, examples, eval_rows)
+        write_whole(args.output / "export.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     except (OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    write_whole(args.output / "export.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     if not args.quiet:
         report(results)
     return 0

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -519,6 +520,27 @@ def test_script_goes_on_where_it_was_interrupted(script, arguments, interrupted,
         assert_same_predictions(one.pop("predictions"), other.pop("predictions"))
     assert found == expected
     assert not partial(arguments).exists()
+
+
+@pytest.mark.parametrize("spare", [0, 700])  # bytes: within the partial results, and within the results
+def test_script_tells_that_nothing_more_can_be_written_and_goes_on_later(script, arguments, capsys, spare):
+    """A limit on the size of files ends a write as a full disk does."""
+    assert script.main(command(arguments)) == 0
+    expected = json.loads(arguments["--output"].read_text(encoding="utf-8"))
+    arguments["--output"].unlink()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    lines = sum(len(json.dumps(p)) for p in expected["predictions"]) + len(json.dumps(expected["settings"]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (lines // 2 if not spare else lines + spare, hard))
+    try:
+        assert script.main(command(arguments)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{arguments['--output']} could not be written: [Errno 27]" in capsys.readouterr().err
+    assert not arguments["--output"].exists()
+    assert script.main(command(arguments)) == 0
+    found = json.loads(arguments["--output"].read_text(encoding="utf-8"))
+    assert_same_predictions(found.pop("predictions"), expected.pop("predictions"))
+    assert found == expected
 
 
 def test_script_computes_nothing_anew_when_all_is_there(script, arguments, interrupted, monkeypatch):

@@ -46,6 +46,17 @@ def signal_after(step, number):
     return register_optimizer_step_post_hook(count)
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """Both signals as in a terminal: a shell may have this very process ignore Ctrl-C."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_stops_and_resume_ends_with_the_same_weights(tiny, tmp_path, capsys, number):
     assert train_lslora.main(arguments(tiny, tmp_path / "whole")) == 0
@@ -69,6 +80,13 @@ def test_the_second_signal_acts_as_ever():
         assert stop.signal == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal is None
 
 
 def test_processes_stop_together(tiny, tmp_path):

@@ -15,6 +15,16 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder with a small random `model` and rows for it, `train.jsonl`."""
+    from tests.tiny import make_tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """Folder of the embedded model, in the user's cache: fetched on the first run."""
     from lslora.embedded import embedded_model

@@ -16,20 +16,13 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lslora import LSLoraConfig
 from lslora.training import RECOMMENDED_LR_RATIO
-from tests.tiny import ROWS, make_tiny
+from tests.tiny import ROWS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import export_lslora  # noqa: E402
 import train_lslora  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    make_tiny(folder)
-    return folder
 
 
 def run(tiny, output_dir, *more):

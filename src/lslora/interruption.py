@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from types import FrameType
 from typing import Any
 
@@ -11,10 +13,11 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ONE_WISH = 2.0  # seconds; a launcher passes on what the terminal has sent to all processes already
 
 
 class StopOnSignal(TrainerCallback):
-    """While it is entered, the first SIGINT or SIGTERM stops the trainer, after a checkpoint; the second acts as ever.
+    """While it is entered, a first SIGINT or SIGTERM stops the trainer, after a checkpoint; a later one acts as ever.
 
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
@@ -29,6 +32,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._came = 0.0
 
     def __enter__(self) -> StopOnSignal:
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as shells ask for
@@ -41,8 +45,11 @@ class StopOnSignal(TrainerCallback):
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self.__exit__()
+        if self.signal is None:
+            self.signal, self._came = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._came > ONE_WISH:
+            self.__exit__()
+            os.kill(os.getpid(), number)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -99,14 +99,14 @@ def test_output_and_every_gradient_equal_the_formula_in_float64(
 
 
 def test_its_error_is_at_most_twice_that_of_plain_float32(backend):
-    """By name, over several draws: the gradient of a scale is a single number, and may be exact by luck."""
+    """By name, pooled over draws: the gradient of a scale is a single number, and by luck exact, or near zero."""
     errors = {"plain": defaultdict(float), "ours": defaultdict(float)}
-    for seed in range(10):
+    for seed in range(30):
         given = operands((150,), 70, 16, 9, seed)
         exact = results(formula, given, torch.float64)
         for kind, function in (("plain", formula), ("ours", fused)):
             for name, value in results(function, given, torch.float32).items():
-                errors[kind][name] += ((value - exact[name]).norm() / exact[name].norm()).item() ** 2
+                errors[kind][name] += (value - exact[name]).square().sum().item()
     for name, error in errors["ours"].items():
         assert error**0.5 <= 2 * errors["plain"][name] ** 0.5, f"{name}: {error:.2e}, {errors['plain'][name]:.2e}"
 

@@ -24,15 +24,15 @@ import train_lslora
 
 
 class Net(nn.Module):
-    """Two layers with something between them that can break."""
+    """Two layers, something that can break, and a third layer."""
 
     def __init__(self, between):
         super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 1)
         self.between = between
 
     def forward(self, x, y):
-        return {"loss": (self.second(self.between(self.first(x))) - y).square().mean()}
+        return {"loss": (self.third(self.between(self.second(self.first(x)))) - y).square().mean()}
 
 
 class Spikes(nn.Module):
@@ -92,7 +92,7 @@ def test_the_spline_s_state_is_told(tmp_path):
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_a_gradient_that_is_no_number_names_the_layer_nearest_to_it(tmp_path, clip):
     trainer = made(tmp_path, rows_with(), Spikes(), max_grad_norm=clip)
-    with pytest.raises(FloatingPointError, match="step 1: a gradient is not finite; it begins in first, one of 1"):
+    with pytest.raises(FloatingPointError, match="step 1: a gradient is not finite; it begins in second, one of 2"):
         trainer.train()
 
 

@@ -37,6 +37,8 @@ REFUSALS = (
     "eva_config needs init_lora_weights='eva'",
     "megatron_config is not supported",
     "LoRA-FA needs an update linear in B",
+    "an adapter must be saved as adapter_model.safetensors alone, got a pickle",
+    "an adapter's name must have no dot, no slash and no control character",
     # peft's own, where it asks for plain LoRA by name
     "Cannot combine adapters with different peft types. Found PeftType.LSLORA",
     "Adapter of type PeftType.LSLORA is not supported for mixed models",
@@ -56,6 +58,7 @@ DIFFERENCES = (
     ("test_lora_plus_embedding_lr", "lora_spline", "it lists all trainable parameters by name"),
     ("TestModelAndLayerStatus", "LSLora", "it names plain LoRA's classes"),
     ("TestLayerRepr", "assert False", "it names plain LoRA's classes"),
+    ("TestModelCard", "assert", "it asks for the tag of plain LoRA, the only method that peft gives one"),
     ("TestModelAndLayerStatus", "LSLORA", "it names plain LoRA's peft_type"),
     ("TestModelAndLayerStatus", "_params=", "it counts plain LoRA's parameters"),
     ("_raises", "lslora.layer.LSLora", "its message names plain LoRA's layer"),

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import random
+import signal
 import sys
 from contextlib import nullcontext
 from io import BufferedRandom
@@ -66,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # the disk is full, say; what was answered until then is kept
         print(f"{args.output} could not be written: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; what was answered is kept in {partial_path(args.output)}: start again", file=sys.stderr)
+        return 128 + signal.SIGINT
     partial_path(args.output).unlink()
     if not args.quiet:
         report(results)

@@ -350,6 +350,14 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
+class Killed(BaseException):
+    """An end that nothing can catch."""
+
+
+def kill(*_):
+    raise Killed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -483,7 +491,7 @@ def test_script_measures_a_base_alone(script, arguments):
 
 @pytest.fixture
 def interrupted(script, arguments, monkeypatch):
-    """Run the script, interrupted after some lines and perhaps within the next; the lines written."""
+    """Run the script, killed after some lines and perhaps within the next; the lines written."""
 
     def run(lines, torn=False):
         write, written = script.write_line, []
@@ -491,14 +499,14 @@ def interrupted(script, arguments, monkeypatch):
         def write_or_interrupt(file, value):
             if len(written) == lines:
                 file.write(b'{"side": "adap' * torn)
-                raise KeyboardInterrupt
+                raise Killed
             write(file, value)
             written.append(value)
             assert json.loads(partial(arguments).read_bytes().splitlines()[-1]) == value
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(script, "write_line", write_or_interrupt)
-            patch.setattr(script, "write_whole", interrupt)
+            patch.setattr(script, "write_whole", kill)
             script.main(command(arguments, "--base"))
         assert not arguments["--output"].exists()
         return written
@@ -561,8 +569,8 @@ def test_script_computes_nothing_anew_when_all_is_there(script, arguments, inter
 def test_script_does_not_mix_settings(script, arguments, monkeypatch, capsys, change, named):
     with monkeypatch.context() as patch:
         patch.setattr(script, "predict", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            script.main(command(arguments))
+        assert script.main(command(arguments)) == 130
+        assert f"what was answered is kept in {partial(arguments)}" in capsys.readouterr().err
     if change == "adapter":
         weights = arguments["--adapter"] / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")

@@ -56,7 +56,7 @@ def load_scoring() -> ModuleType:
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The predictions in a result file.
+    """The predictions in a result file, by index.
 
     Raises:
         ValueError: the file cannot be read or is not what eval_lslora.py writes.
@@ -74,7 +74,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         for field, kinds in FIELDS.items():
             if not isinstance(prediction, dict) or not isinstance(prediction.get(field, ...), kinds):
                 raise ValueError(f"{path}: prediction {number}: field '{field}' is missing or of the wrong type")
-    return predictions
+    return sorted(predictions, key=lambda prediction: prediction["index"])
 
 
 if __name__ == "__main__":

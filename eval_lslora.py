@@ -2,20 +2,19 @@
 """Measure how often a model answers right, with an adapter, without, or both side by side.
 
 Every prediction is written to OUTPUT.partial.jsonl as soon as it is there; started again with the same settings, an
-interrupted evaluation goes on where it stopped. Read the results again with calculate_score.py.
+interrupted evaluation goes on where it stopped. Memory does not grow with the number of rows: they are read as they
+are needed. Read the results again with calculate_score.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import random
 import signal
 import sys
+from collections.abc import Collection, Iterator
 from contextlib import nullcontext
-from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lslora.adapter_files import check_adapter_files
 from lslora.answers import SCORERS
-from lslora.data import Row, load_rows
+from lslora.data import Row, RowFile
 from lslora.embedded import resolve_model_name
-from lslora.evaluation import check_rows, evaluate
-from lslora.files import write_whole
+from lslora.evaluation import check_rows, in_row_order, predict
+from lslora.files import write_json_whole
+from lslora.partial_results import PartialResults
 from lslora.progress import bars_hidden, hide_library_bars
 from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
 
@@ -41,11 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation; 0 when it is done, 1 when it cannot be written, 2 when arguments or data are not usable."""
     args = parse_arguments(arguments)
     try:
-        rows = read_rows(args.dataset, args.limit, args.seed)
+        questions = Questions(args.dataset, args.limit, args.seed)
         settings = settings_of(args)
         check_base(settings["model_name"])
-        check_questions(settings["model_name"], rows, args.scorer, chat_template=args.chat_template)
-        file, known = open_partial(partial_path(args.output), settings)
+        check_questions(settings["model_name"], questions, args.scorer, chat_template=args.chat_template)
+        partial = PartialResults(partial_path(args.output), settings)
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -55,22 +55,24 @@ def main(arguments: list[str] | None = None) -> int:
         model, tokenizer = load_model(settings["model_name"], args.adapter, args.dtype)
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
-        file.close()
-        if not any(known.values()):
-            partial_path(args.output).unlink()
+        if not partial.counts:
+            partial.delete()
         return 2
     try:
-        with file:
-            predictions = predict(args, model, tokenizer, rows, known, file, hidden)
-        results = summaries(settings, predictions, args.seed)
-        write_whole(args.output, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
+        with partial.file:
+            answer(args, model, tokenizer, questions, partial, hidden)
+        results = results_of(settings, partial)
+        write_json_whole(args.output, results)
     except OSError as error:  # the disk is full, say; what was answered until then is kept
         print(f"{args.output} could not be written: {error}", file=sys.stderr)
         return 1
+    except ValueError as error:
+        print(f"{error}; what was answered is kept in {partial.path}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print(f"interrupted; what was answered is kept in {partial_path(args.output)}: start again", file=sys.stderr)
+        print(f"interrupted; what was answered is kept in {partial.path}: start again", file=sys.stderr)
         return 128 + signal.SIGINT
-    partial_path(args.output).unlink()
+    partial.delete()
     if not args.quiet:
         report(results)
     return 0
@@ -144,7 +146,7 @@ def check_base(model_name: str) -> None:
     AutoConfig.from_pretrained(resolve_model_name(model_name), trust_remote_code=False)
 
 
-def check_questions(model_name: str, rows: list[Row], scorer: str = "auto", *, chat_template: bool) -> None:
+def check_questions(model_name: str, rows: Collection[Row], scorer: str = "auto", *, chat_template: bool) -> None:
     """ValueError, before the model is loaded, for rows that cannot be scored or asked with its chat template."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(model_name), trust_remote_code=False)
     if chat_template and not tokenizer.chat_template:
@@ -153,91 +155,83 @@ def check_questions(model_name: str, rows: list[Row], scorer: str = "auto", *, c
 
 
 def sha256(paths: list[Path]) -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
-
-
-def read_rows(paths: list[Path], limit: int | None, seed: int) -> list[Row]:
-    """The rows of all files; a row without a task gets the file's name, or the folder's where that tells more."""
-    rows: list[Row] = []
+    """One checksum of several files."""
+    whole = hashlib.sha256()
     for path in paths:
-        stem = path.stem if path.stem not in ("train", "validation", "test") else path.resolve().parent.name
-        found = [row | {"task": row["task"] or stem} for row in load_rows(path)]
-        if limit is not None and limit < len(found):
-            found = [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
-        rows += found
-    return rows
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        whole.update(digest.digest())
+    return whole.hexdigest()
+
+
+class Questions:
+    """The rows of all files, read from them whenever they are gone through; with a limit, so many drawn of each.
+
+    A row without a task gets the file's name, or the folder's where that tells more.
+    """
+
+    def __init__(self, paths: list[Path], limit: int | None, seed: int) -> None:
+        self.files, self.limit, self.seed = [RowFile(path) for path in paths], limit, seed
+
+    def __len__(self) -> int:
+        return sum(map(self._wanted, self.files))
+
+    def __iter__(self) -> Iterator[Row]:
+        for file in self.files:
+            path = file.path
+            stem = path.stem if path.stem not in ("train", "validation", "test") else path.resolve().parent.name
+            for row in drawn(file, self._wanted(file), self.seed):
+                yield row | {"task": row["task"] or stem}
+
+    def _wanted(self, file: RowFile) -> int:
+        return len(file) if self.limit is None else min(self.limit, len(file))
+
+
+def drawn(rows: Collection[Row], count: int, seed: int) -> Iterator[Row]:
+    """`count` of the rows in their order, any so many with the same probability: each if chance gives it a place."""
+    rng = random.Random(seed)
+    for row, left in zip(rows, range(len(rows), 0, -1), strict=True):
+        if rng.random() * left < count:
+            count -= 1
+            yield row
 
 
 def partial_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.partial.jsonl")
 
 
-def open_partial(path: Path, settings: dict[str, Any]) -> tuple[BufferedRandom, dict[str, list[Prediction]]]:
-    """Open the partial results for writing on, with the predictions they hold.
-
-    Raises:
-        ValueError: the file is of another evaluation or none of ours.
-    """
-    known: dict[str, list[Prediction]] = {ADAPTER: [], BASE: []}
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # a line without its end was cut short
-    remedy = f"delete {path} or choose another --output"
-    try:
-        header, *entries = [json.loads(line) for line in lines] or [settings]
-        different = [name for name in settings if header[name] != settings[name]]
-        for entry in entries:
-            known[entry["side"]].append(entry["prediction"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no partial result of this script: {remedy}") from error
-    if different:
-        was = "; ".join(f"{name} was {header[name]!r} and is {settings[name]!r}" for name in different)
-        raise ValueError(f"{path} holds results of other settings ({was}): {remedy}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("r+b" if path.exists() else "w+b")
-    file.truncate(sum(len(line) + 1 for line in lines))
-    file.seek(0, os.SEEK_END)
-    if not lines:
-        write_line(file, settings)
-    return file, known
+def sides_of(settings: dict[str, Any]) -> list[str]:
+    """Who answers, in this order: the adapter if there is one, the base without one or if asked for."""
+    return [ADAPTER] * bool(settings["adapter"]) + [BASE] * (settings["base"] or not settings["adapter"])
 
 
-def write_line(file: BufferedRandom, value: dict[str, Any]) -> None:
-    file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-    file.flush()
-
-
-def predict(
+def answer(
     args: argparse.Namespace,
     model: Any,
     tokenizer: Any,
-    rows: list[Row],
-    known: dict[str, list[Prediction]],
-    file: BufferedRandom,
+    questions: Questions,
+    partial: PartialResults,
     hidden: bool,
-) -> dict[str, list[Prediction]]:
-    """Let the model answer: with the adapter if there is one, without if asked for, in this order."""
-    sides: dict[str, Any] = {ADAPTER if args.adapter else BASE: nullcontext()}
-    if args.base:
-        sides[BASE] = model.disable_adapter()
-    predictions = {}
-    for side, context in sides.items():
-        with context, tqdm(total=len(rows), initial=len(known[side]), desc=side, unit="row", disable=hidden) as bar:
-
-            def keep(prediction: Prediction, side: str = side, bar: Any = bar) -> None:
-                write_line(file, {"side": side, "prediction": prediction})
-                bar.update()
-
-            predictions[side] = evaluate(
+) -> None:
+    """Let every side answer what it has not answered yet."""
+    for side in sides_of(vars(args)):
+        context = model.disable_adapter() if args.adapter and side == BASE else nullcontext()
+        known = partial.counts[side]
+        with context, tqdm(total=len(questions), initial=known, desc=side, unit="row", disable=hidden) as bar:
+            for prediction in predict(
                 model,
                 tokenizer,
-                rows,
+                questions,
                 scorer=args.scorer,
                 chat_template=args.chat_template,
                 batch_size=args.batch_size,
                 max_new_tokens=args.max_new_tokens,
-                known=known[side],
-                on_prediction=keep,
-            )
-    return predictions
+                known=partial.read(side),
+            ):
+                partial.add(side, prediction)
+                bar.update()
 
 
 def load_model(model_name: str, adapter: Path | None, dtype: str) -> tuple[Any, Any]:
@@ -250,17 +244,17 @@ def load_model(model_name: str, adapter: Path | None, dtype: str) -> tuple[Any, 
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def summaries(settings: dict[str, Any], predictions: dict[str, list[Prediction]], seed: int) -> dict[str, Any]:
-    """What the output file holds."""
-    main_side = next(iter(predictions))
-    results = {
-        "settings": settings,
-        "summary": summarize(predictions[main_side]),
-        "predictions": predictions[main_side],
-    }
-    if len(predictions) > 1:
-        results["base"] = {"summary": summarize(predictions[BASE]), "predictions": predictions[BASE]}
-        results["comparison"] = compare(predictions[BASE], predictions[main_side], seed=seed)
+def results_of(settings: dict[str, Any], partial: PartialResults) -> dict[str, Any]:
+    """What the output file holds; its predictions are read as they are written."""
+
+    def predictions(side: str) -> Iterator[Prediction]:
+        return in_row_order(partial.read(side), settings["batch_size"])
+
+    side, *other = sides_of(settings)
+    results = {"settings": settings, "summary": summarize(predictions(side)), "predictions": predictions(side)}
+    if other:
+        results["base"] = {"summary": summarize(predictions(BASE)), "predictions": predictions(BASE)}
+        results["comparison"] = compare(predictions(BASE), predictions(side), seed=settings["seed"])
     return results
 
 

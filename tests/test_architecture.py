@@ -32,6 +32,7 @@ ALLOWED = {
     "answers": set(),
     "data": {"answers", "json_rows"},
     "scoring": set(),
+    "partial_results": {"scoring"},
     "prompts": {"data"},
     "lengths": {"data", "prompts"},
     "likelihood": {"answers", "data", "prompts"},

@@ -1,12 +1,16 @@
 """The loader: what it takes, and that whatever is wrong is named by file and row."""
 
 import json
+import tempfile
+import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lslora.data import DataError, load_examples, load_rows, to_messages, to_prompt_completion
+from lslora import json_rows
+from lslora.data import DataError, RowFile, load_examples, load_rows, to_messages, to_prompt_completion
 from lslora.json_rows import MAX_ROW_BYTES
 
 ROW = {"instruction": "Say hi.", "input": "", "output": "hi", "answer": "hi"}
@@ -72,6 +76,71 @@ def test_files_that_are_no_text(tmp_path):
         load_rows(tmp_path)
     with pytest.raises(DataError, match="must be UTF-8 text, but byte 17 is not"):
         load_rows(write(tmp_path / "latin", '{"instruction": "é"}', "latin-1"))
+
+
+def values_of(path):
+    """What is read of a file, or the error's message."""
+    try:
+        return [(place, type(value), value) for place, value in json_rows.read_values(path)]
+    except DataError as error:
+        return str(error)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.lists(JSON, max_size=4),
+    st.sampled_from([None, 0, 1]),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+    st.booleans(),
+    st.integers(0, 40),
+    st.binary(max_size=2),
+)
+def test_what_is_read_does_not_depend_on_the_size_of_the_pieces(rows, indent, newline, array, cut, insert):
+    """Whole files and files with something strange in them, read at once and some bytes at a time."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = json.dumps(rows, indent=indent, ensure_ascii=False) if array else "\n".join(lines)
+    content = text.replace("\n", newline).encode()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        path = Path(folder, "file")
+        for damaged in (content, content[:cut] + insert + content[cut:], content[:cut]):
+            path.write_bytes(damaged)
+            patch.setattr(json_rows, "PIECE", 1 << 16)
+            at_once = values_of(path)
+            for size in (1, 3, 8):
+                patch.setattr(json_rows, "PIECE", size)
+                assert values_of(path) == at_once
+
+
+def test_a_large_file_is_read_without_being_held(tmp_path):
+    path = tmp_path / "rows"
+    row = json.dumps(ROW | {"output": "x" * 1000})
+    for text in ("\n".join([row] * 20_000), f"[{', '.join([row] * 20_000)}]"):
+        path.write_text(text, encoding="utf-8")
+        tracemalloc.start()
+        rows = RowFile(path)
+        assert len(rows) == sum(1 for _ in rows) == 20_000
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 1e6 < path.stat().st_size / 20
+
+
+def test_a_file_that_changes_while_it_is_used(tmp_path):
+    path = write(tmp_path / "rows", "\n".join([json.dumps(ROW)] * 3))
+    rows = RowFile(path)
+    assert list(rows) == load_rows(path) == list(rows)
+    for count in (2, 4):
+        write(path, "\n".join([json.dumps(ROW)] * count))
+        with pytest.raises(DataError, match=f"must stay as it is while it is used, had 3 rows, has {count}"):
+            list(rows)
+    write(path, "{}")
+    with pytest.raises(DataError, match="line 1: field 'instruction' is missing"):
+        list(rows)
 
 
 def test_prompt_and_completion():

@@ -3,13 +3,17 @@
 import copy
 import importlib.util
 import json
+import re
 import resource
 import sys
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BloomConfig,
@@ -27,8 +31,9 @@ from transformers import (
 
 from lslora.answers import option_completion, options_of
 from lslora.data import to_messages, to_prompt_completion
-from lslora.evaluation import evaluate, generate_answers, row_scorers
+from lslora.evaluation import WINDOW, evaluate, generate_answers, in_row_order, predict, with_scorers
 from lslora.likelihood import score_options
+from lslora.partial_results import PartialResults
 from lslora.prompts import prompt_ids
 
 QUESTIONS = (
@@ -317,16 +322,55 @@ def test_predictions_name_their_row_and_the_likeliest_option(tokenizer):
 @pytest.mark.parametrize("cut", [0, 1, 4, 7, 10])
 def test_taken_up_again_it_computes_only_what_is_missing_and_the_same_numbers(tokenizer, cut):
     model = make_model(dtype=torch.float32)
-    written = []
-    whole = evaluate(model, tokenizer, ALL_ROWS, batch_size=3, max_new_tokens=3, on_prediction=written.append)
-    assert sorted(written, key=lambda item: item["index"]) == whole
-    calls, added = Calls(model), []
-    again = evaluate(
-        model, tokenizer, ALL_ROWS, batch_size=3, max_new_tokens=3, known=written[:cut], on_prediction=added.append
-    )
-    assert again == whole
-    assert added == written[cut:]
+    settings = {"batch_size": 3, "max_new_tokens": 3}
+    written = list(predict(model, tokenizer, ALL_ROWS, **settings))
+    assert list(in_row_order(written, 3)) == evaluate(model, tokenizer, ALL_ROWS, **settings)
+    calls = Calls(model)
+    assert list(predict(model, tokenizer, ALL_ROWS, **settings, known=iter(written[:cut]))) == written[cut:]
     assert bool(calls) == (cut < 10)
+
+
+def test_known_predictions_of_another_call_are_refused(tokenizer):
+    model = make_model()
+    written = list(predict(model, tokenizer, ALL_ROWS, batch_size=3, max_new_tokens=1))
+    first, last = [item["index"] for item in written[:3]], [item["index"] for item in written[:-4:-1]]
+    with pytest.raises(ValueError, match=re.escape(f"known predictions must be of rows {first} next, got {last}")):
+        list(predict(model, tokenizer, ALL_ROWS, batch_size=3, max_new_tokens=1, known=written[::-1]))
+
+
+def test_more_rows_than_a_window_of_batches(tokenizer, monkeypatch):
+    """Windows are for memory: with small ones every row gets the same answer, and few rows are held at once."""
+    model = make_model()
+    whole = evaluate(model, tokenizer, ALL_ROWS, batch_size=2, max_new_tokens=3)
+    monkeypatch.setattr("lslora.evaluation.WINDOW", 2)
+    alive, most = 0, 0
+
+    class Counted(dict):
+        def __init__(self, row):
+            nonlocal alive, most
+            super().__init__(row)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    class Rows:
+        def __len__(self):
+            return 10 * len(ALL_ROWS)
+
+        def __iter__(self):
+            return (Counted(row) for _ in range(10) for row in ALL_ROWS)
+
+    predictions = list(predict(model, tokenizer, Rows(), batch_size=2, max_new_tokens=3))
+    ordered = list(in_row_order(predictions, 2))
+    assert [item["index"] for item in ordered] == list(range(100))
+    for place, item in enumerate(ordered):
+        expected = whole[place % 10] | {"index": place}
+        assert item.pop("log_likelihoods", {}) == pytest.approx(expected.pop("log_likelihoods", {}), rel=1e-9)
+        assert item == expected
+    assert most <= 2 * 2 * 2 < WINDOW  # the window and what of the one before a batch still holds
 
 
 def test_modes_and_tokenizer_are_left_as_they_were(tokenizer):
@@ -372,8 +416,9 @@ def test_bad_arguments_are_refused(tokenizer, arguments, message):
         evaluate(make_model(), tokenizer, ALL_ROWS, **arguments)
 
 
-def test_row_scorers():
-    assert row_scorers(ALL_ROWS[:2]) == ["likelihood", "generate"]
+def test_with_scorers():
+    kinds = ["likelihood", "generate"]
+    assert list(with_scorers(ALL_ROWS[:2])) == list(zip(ALL_ROWS[:2], kinds, strict=True))
 
 
 def with_adapter(model):
@@ -494,19 +539,19 @@ def interrupted(script, arguments, monkeypatch):
     """Run the script, killed after some lines and perhaps within the next; the lines written."""
 
     def run(lines, torn=False):
-        write, written = script.write_line, []
+        write, written = PartialResults.write, []
 
-        def write_or_interrupt(file, value):
+        def write_or_interrupt(results, value):
             if len(written) == lines:
-                file.write(b'{"side": "adap' * torn)
+                results.file.write(b'{"side": "adap' * torn)
                 raise Killed
-            write(file, value)
+            write(results, value)
             written.append(value)
             assert json.loads(partial(arguments).read_bytes().splitlines()[-1]) == value
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(script, "write_line", write_or_interrupt)
-            patch.setattr(script, "write_whole", kill)
+            patch.setattr(PartialResults, "write", write_or_interrupt)
+            patch.setattr(script, "write_json_whole", kill)
             script.main(command(arguments, "--base"))
         assert not arguments["--output"].exists()
         return written
@@ -530,15 +575,19 @@ def test_script_goes_on_where_it_was_interrupted(script, arguments, interrupted,
     assert not partial(arguments).exists()
 
 
-@pytest.mark.parametrize("spare", [0, 700])  # bytes: within the partial results, and within the results
-def test_script_tells_that_nothing_more_can_be_written_and_goes_on_later(script, arguments, capsys, spare):
+@pytest.mark.parametrize("within", ["partial results", "results"])
+def test_script_tells_that_nothing_more_can_be_written_and_goes_on_later(script, arguments, capsys, within):
     """A limit on the size of files ends a write as a full disk does."""
     assert script.main(command(arguments)) == 0
+    whole = arguments["--output"].stat().st_size
     expected = json.loads(arguments["--output"].read_text(encoding="utf-8"))
     arguments["--output"].unlink()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    lines = sum(len(json.dumps(p)) for p in expected["predictions"]) + len(json.dumps(expected["settings"]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (lines // 2 if not spare else lines + spare, hard))
+    lines = [expected["settings"], *({"side": "adapter", "prediction": item} for item in expected["predictions"])]
+    part = sum(len(json.dumps(line, ensure_ascii=False).encode()) + 1 for line in lines)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (part // 2 if within == "partial results" else (part + whole) // 2, hard)
+    )
     try:
         assert script.main(command(arguments)) == 1
     finally:
@@ -553,7 +602,7 @@ def test_script_tells_that_nothing_more_can_be_written_and_goes_on_later(script,
 
 def test_script_computes_nothing_anew_when_all_is_there(script, arguments, interrupted, monkeypatch):
     assert len(interrupted(21)) == 21  # the settings, and ten rows with and without the adapter
-    monkeypatch.setattr(script, "write_line", interrupt)
+    monkeypatch.setattr(PartialResults, "write", interrupt)
     assert script.main(command(arguments, "--base")) == 0
 
 
@@ -568,7 +617,7 @@ def test_script_computes_nothing_anew_when_all_is_there(script, arguments, inter
 )
 def test_script_does_not_mix_settings(script, arguments, monkeypatch, capsys, change, named):
     with monkeypatch.context() as patch:
-        patch.setattr(script, "predict", interrupt)
+        patch.setattr(script, "answer", interrupt)
         assert script.main(command(arguments)) == 130
         assert f"what was answered is kept in {partial(arguments)}" in capsys.readouterr().err
     if change == "adapter":
@@ -625,18 +674,66 @@ def test_script_draws_a_limited_sample_by_seed_and_names_tasks_after_files(scrip
     paths = [tmp_path / "boolq" / "test.json", tmp_path / "arc.json"]
     for path in paths:
         path.write_text(json.dumps(rows), encoding="utf-8")
-    assert [row["task"] for row in script.read_rows(paths, None, 0)] == [
-        "given",
-        *["boolq"] * 49,
-        "given",
-        *["arc"] * 49,
-    ]
-    first, again, other = (script.read_rows(paths, 5, seed) for seed in (0, 0, 1))
-    assert len(first) == 10
+    every = script.Questions(paths, None, 0)
+    assert len(every) == 100
+    assert [row["task"] for row in every] == ["given", *["boolq"] * 49, "given", *["arc"] * 49]
+    assert list(script.Questions(paths, 50, 0)) == list(every)
+    some = script.Questions(paths, 5, 0)
+    first, again, other = list(some), list(some), list(script.Questions(paths, 5, 1))
+    assert len(some) == len(first) == 10
     assert first == again != other
     assert [int(row["instruction"][1:]) for row in first[:5]] == sorted(
         int(row["instruction"][1:]) for row in first[:5]
     )
+
+
+def test_script_holds_no_more_for_four_times_the_rows(script, arguments, monkeypatch):
+    """What Python holds at most once the model is there; tests/torture/memory.py looks at the whole process."""
+    load = script.load_model
+
+    def load_and_start(*args):
+        loaded = load(*args)
+        tracemalloc.start()
+        return loaded
+
+    monkeypatch.setattr(script, "load_model", load_and_start)
+    monkeypatch.setattr("lslora.evaluation.WINDOW", 2)
+    monkeypatch.setattr("lslora.json_rows.PIECE", 4096)
+    arguments |= {"--batch_size": 25, "--max_new_tokens": 1}
+    peaks = []
+    for count in (40, 160):  # the smaller is enough for caches to fill
+        text = "".join(json.dumps(row) + "\n" for row in ALL_ROWS * count)
+        arguments["--dataset"].write_text(text, encoding="utf-8")
+        assert script.main(command(arguments, "--quiet")) == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(json.loads(arguments["--output"].read_text(encoding="utf-8"))["predictions"]) == 10 * count
+    assert peaks[1] - peaks[0] < 0.75 * len(text)  # the text of the further rows alone; caches still grow a little
+
+
+def test_every_subset_is_drawn_as_often(script):
+    """Three of five rows: ten subsets, each with probability 1/10."""
+    drawn = Counter(tuple(script.drawn(range(5), 3, seed)) for seed in range(3000))
+    assert len(drawn) == 10 and all(len(subset) == 3 for subset in drawn)
+    assert chisquare(list(drawn.values())).pvalue > 0.001
+
+
+def test_script_tells_that_its_data_changed_and_keeps_what_was_answered(script, arguments, monkeypatch, capsys):
+    add = PartialResults.add
+
+    def add_and_change(results, side, prediction):
+        add(results, side, prediction)
+        arguments["--dataset"].write_text(json.dumps(ALL_ROWS[0]), encoding="utf-8")
+
+    monkeypatch.setattr("lslora.evaluation.WINDOW", 1)
+    monkeypatch.setattr(PartialResults, "add", add_and_change)
+    lines = [json.dumps(row) + "\n" for row in ALL_ROWS]
+    lines.insert(5, 200_000 * "\n")  # more than is read at once
+    arguments["--dataset"].write_text("".join(lines), encoding="utf-8")
+    assert script.main(command(arguments)) == 2
+    assert "must stay as it is while it is used" in capsys.readouterr().err
+    assert len(partial(arguments).read_bytes().splitlines()) > 1
+    assert not arguments["--output"].exists()
 
 
 @pytest.mark.parametrize(

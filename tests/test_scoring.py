@@ -95,7 +95,7 @@ def test_summary_needs_predictions():
 def test_comparison_counts_and_signs():
     first = predictions("1100", task="a") + predictions("10", task="b", start=4)
     second = predictions("1011", task="a") + predictions("00", task="b", start=4)
-    result = scoring.compare(first, second[::-1])
+    result = scoring.compare(iter(first), iter(second))
     assert (result["n"], result["only_first"], result["only_second"]) == (6, 2, 2)
     assert result["tasks"]["a"]["difference"] == 0.25
     assert result["tasks"]["b"]["difference"] == -0.5
@@ -147,7 +147,14 @@ def test_comparison_of_equal_predictions():
 
 @pytest.mark.parametrize(
     "other",
-    [predictions("10"), predictions("101", start=1), predictions("101", task="u"), predictions("1011"), []],
+    [
+        predictions("10"),
+        predictions("101", start=1),
+        predictions("101", task="u"),
+        predictions("1011"),
+        predictions("101")[::-1],
+        [],
+    ],
 )
 def test_comparison_refuses_different_items(other):
     with pytest.raises(ValueError, match="must hold the same items"):

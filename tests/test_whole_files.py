@@ -18,7 +18,7 @@ from lslora.checkpoints import (
     seal,
     unseal,
 )
-from lslora.files import publish, replacing, write_whole
+from lslora.files import publish, replacing, write_json_whole, write_whole
 from tests.torture import disk, kill
 
 
@@ -158,3 +158,21 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_whole(tmp_path, capsys):
         pytest.skip("needs the right to mount a file system")
     assert disk.main(["--tries", "3"]) == 0
     assert "3 of 3 full disks" in capsys.readouterr().out
+
+
+def test_json_with_iterators_is_the_json_of_their_lists(tmp_path):
+    value = {"a": {"é": [1, {"b": None}], "none": {}}, "c": [{"d": '"\u2028'}, 2], "e": []}
+    lazy = {"a": value["a"], "c": iter(value["c"]), "e": iter([])}
+    write_json_whole(tmp_path / "x.json", lazy)
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert '\n{"d": ' in text  # an element a line
+
+
+def test_an_iterator_that_fails_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("before", encoding="utf-8")
+    with pytest.raises(ZeroDivisionError):
+        write_json_whole(path, {"a": (1 // number for number in (1, 0))})
+    assert path.read_text(encoding="utf-8") == "before"
+    assert list(tmp_path.iterdir()) == [path]

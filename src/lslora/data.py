@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, final
 
@@ -71,7 +71,37 @@ def load_rows(path: str | Path) -> list[Row]:
             names or not the one that the output gives. All bad rows are counted and the first ten are named: by line
             in a JSONL file, by position (from 1) in a JSON array.
     """
-    return [_row(value) for value in _checked(Path(path), list(read_values(Path(path))), _row_problem)]
+    return [_row(value) for value in _checked(Path(path), read_values(Path(path)), _row_problem)]
+
+
+class RowFile:
+    """The rows of a file, not held but read again each time they are gone through; checked when this is made.
+
+    Args:
+        path: As for `load_rows`.
+
+    Raises:
+        DataError: as `load_rows` does; and while the rows are gone through, if the file is no longer what it was.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._count = sum(1 for _ in self._read())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Row]:
+        found = 0
+        for row in self._read():
+            found += 1
+            if found <= self._count:
+                yield row
+        if found != self._count:
+            raise DataError(f"{self.path}: must stay as it is while it is used, had {self._count} rows, has {found}")
+
+    def _read(self) -> Iterator[Row]:
+        return map(_row, _checked(self.path, read_values(self.path), _row_problem))
 
 
 def load_examples(path: str | Path, *, chat_template: bool = False) -> list[Example]:
@@ -138,10 +168,10 @@ def to_messages(row: Row) -> Conversation:
 
 
 def _checked(
-    path: Path, parsed: list[tuple[str, Any]], problem_of: Callable[[dict[str, Any]], str | None]
-) -> list[dict[str, Any]]:
-    """The values of a file's rows; DataError unless there is one at least and all are valid."""
-    problems = []
+    path: Path, parsed: Iterable[tuple[str, Any]], problem_of: Callable[[dict[str, Any]], str | None]
+) -> Iterator[dict[str, Any]]:
+    """The values of a file's rows; DataError at the end unless there was one at least and all were valid."""
+    shown, good, bad = [], 0, 0
     for where, value in parsed:
         if isinstance(value, Unparsed):
             problem: str | None = value
@@ -149,16 +179,19 @@ def _checked(
             problem = f"must be a JSON object, got {type(value).__name__}"
         else:
             problem = problem_of(value)
-        if problem:
+        if not problem:
+            good += 1
+            yield value
+            continue
+        bad += 1
+        if bad <= MAX_SHOWN_PROBLEMS:
             cut = "…" if len(problem) > MAX_SHOWN_CHARACTERS else ""
-            problems.append(f"  {where}: {problem[:MAX_SHOWN_CHARACTERS]}{cut}")
-    if problems:
-        shown = "\n".join(problems[:MAX_SHOWN_PROBLEMS])
-        rest = len(problems) - MAX_SHOWN_PROBLEMS
-        raise DataError(f"{path}: {len(problems)} bad row(s)\n{shown}" + (f"\n  and {rest} more" if rest > 0 else ""))
-    if not parsed:
+            shown.append(f"\n  {where}: {problem[:MAX_SHOWN_CHARACTERS]}{cut}")
+    if bad:
+        rest = f"\n  and {bad - len(shown)} more" if bad > len(shown) else ""
+        raise DataError(f"{path}: {bad} bad row(s){''.join(shown)}{rest}")
+    if not good:
         raise DataError(f"{path}: holds no rows")
-    return [value for _, value in parsed]
 
 
 def _row(value: dict[str, Any]) -> Row:

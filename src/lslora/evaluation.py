@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,48 +15,77 @@ from .likelihood import Model, eval_mode, score_options, tokenize_options
 from .prompts import pad_id, pad_left, prompt_ids
 from .scoring import Prediction
 
+WINDOW = 64  # batches whose rows are read, and sorted by length, at once
+
 
 def evaluate(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Collection[Row],
+    *,
+    on_prediction: Callable[[Prediction], None] | None = None,
+    **settings: Any,
+) -> list[Prediction]:
+    """Let a model answer every row, and grade the answers: `predict`, in the order of the rows.
+
+    Args:
+        model: As for `predict`, like what follows.
+        tokenizer: Its tokenizer.
+        rows: Rows as `load_rows` returns them, all with an answer.
+        on_prediction: Called with every prediction as soon as its batch is done.
+        settings: The keyword arguments of `predict`.
+
+    Raises:
+        ValueError: as for `predict`.
+    """
+    predictions = []
+    for prediction in predict(model, tokenizer, rows, **settings):
+        predictions.append(prediction)
+        if on_prediction:
+            on_prediction(prediction)
+    return sorted(predictions, key=_index)
+
+
+def predict(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Collection[Row],
     *,
     scorer: str = "auto",
     batch_size: int = 16,
     max_new_tokens: int = 256,
     chat_template: bool = False,
-    known: Sequence[Prediction] = (),
-    on_prediction: Callable[[Prediction], None] | None = None,
-) -> list[Prediction]:
-    """Let a model answer every row, and grade the answers.
+    known: Iterable[Prediction] = (),
+) -> Iterator[Prediction]:
+    """Let a model answer rows and grade the answers, a batch after the other, whatever their number holding few.
 
-    Rows of similar length share a batch, the longest first. The batches follow from the rows and `batch_size` alone,
-    so that an evaluation taken up again with `known` computes the same numbers as one that was never interrupted.
+    Rows of similar length share a batch, the longest first, among `WINDOW` batches each time. The batches follow from
+    the rows and `batch_size` alone, so that an evaluation taken up again with `known` computes the same numbers as one
+    that was never interrupted.
 
     Args:
         model: Causal language model, with or without adapters; used in eval mode and left in the mode it came in.
         tokenizer: Its tokenizer.
-        rows: Rows as `load_rows` returns them, all with an answer.
+        rows: Rows as `load_rows` returns them or `RowFile` reads them, all with an answer; gone through twice.
         scorer: `"likelihood"`, `"generate"` or `"auto"` (see `choose_scorer`).
         batch_size: Rows a batch.
         max_new_tokens: Limit for generated answers, in tokens.
         chat_template: As for `score_options`: the way the model was trained to be asked.
-        known: Predictions of an earlier call with the same arguments; their rows are not computed again.
-        on_prediction: Called with every new prediction as soon as its batch is done.
+        known: What an earlier call with the same arguments yielded, up to any point; it is not computed again.
 
     Returns:
-        One prediction a row, in the order of the rows: `index`, `task`, `answer`, `prediction`, `correct`, and
-        `log_likelihoods` (option to value) or `text` (what was generated).
+        Yields one prediction a row, batch by batch, without those known: `index`, `task`, `answer`, `prediction`,
+        `correct`, and `log_likelihoods` (option to value) or `text` (what was generated). `in_row_order` sorts them.
 
     Raises:
-        ValueError: `batch_size` or `max_new_tokens` is below 1, `scorer` is unknown, or a row cannot be scored so; the
-            message gives the row's index.
+        ValueError: `batch_size` or `max_new_tokens` is below 1, `scorer` is unknown, or a row cannot be scored so (the
+            message gives the row's index), all told by this call; while it yields, `known` is of another call.
     """
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    scorers = row_scorers(rows, scorer)
-    predictions = {prediction["index"]: prediction for prediction in known}
+    for _ in with_scorers(rows, scorer):
+        pass
 
     def answer(kind: str, batch: list[Row]) -> Iterator[dict[str, Any]]:
         if kind == "likelihood":
@@ -63,20 +93,29 @@ def evaluate(
         texts = generate_answers(model, tokenizer, batch, max_new_tokens=max_new_tokens, chat_template=chat_template)
         return _graded(batch, texts)
 
-    with eval_mode(model):
-        for kind, batch in _batches(rows, scorers, batch_size):
-            if all(index in predictions for index in batch):
+    def predictions() -> Iterator[Prediction]:
+        earlier = iter(known)
+        for kind, indices, batch in _batches(rows, scorer, batch_size):
+            given = [prediction["index"] for prediction in islice(earlier, len(batch))]
+            if given != indices[: len(given)]:
+                raise ValueError(f"known predictions must be of rows {indices[: len(given)]} next, got {given}")
+            if len(given) == len(batch):
                 continue
-            for index, result in zip(batch, answer(kind, [rows[index] for index in batch]), strict=True):
-                if index not in predictions:
-                    head = {"index": index, "task": rows[index].get("task", ""), "answer": rows[index]["answer"]}
-                    predictions[index] = head | result
-                    if on_prediction:
-                        on_prediction(predictions[index])
-    return [predictions[index] for index in range(len(rows))]
+            found = list(zip(indices, batch, answer(kind, batch), strict=True))
+            for index, row, result in found[len(given) :]:
+                yield {"index": index, "task": row.get("task", ""), "answer": row["answer"]} | result
+
+    return predictions()
 
 
-def row_scorers(rows: Sequence[Row], scorer: str = "auto") -> list[str]:
+def in_row_order(predictions: Iterable[Prediction], batch_size: int) -> Iterator[Prediction]:
+    """Sort what `predict` yielded with this `batch_size` into the order of the rows, holding `WINDOW` batches."""
+    predictions = iter(predictions)
+    while window := sorted(islice(predictions, WINDOW * batch_size), key=_index):
+        yield from window
+
+
+def with_scorers(rows: Iterable[Row], scorer: str = "auto") -> Iterator[tuple[Row, str]]:
     """Decide for every row how it is scored, and check that it can be.
 
     Args:
@@ -84,22 +123,20 @@ def row_scorers(rows: Sequence[Row], scorer: str = "auto") -> list[str]:
         scorer: See `choose_scorer`.
 
     Returns:
-        `"likelihood"` or `"generate"` for every row.
+        Yields every row with `"likelihood"` or `"generate"`.
 
     Raises:
         ValueError: a row cannot be scored so; the message gives its index.
     """
-    chosen = []
     for index, row in enumerate(rows):
         try:
-            chosen.append(choose_scorer(row, scorer))
+            yield row, choose_scorer(row, scorer)
         except ValueError as error:
             raise ValueError(f"row with index {index}: {error}") from error
-    return chosen
 
 
 def check_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], scorer: str = "auto", *, chat_template: bool = False
+    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], scorer: str = "auto", *, chat_template: bool = False
 ) -> None:
     """Make sure, before a model is loaded or trained, that every row can be scored.
 
@@ -113,10 +150,10 @@ def check_rows(
         ValueError: a row cannot be scored so, or its options cannot be told apart by their tokens; the message gives
             its index.
     """
-    for index, kind in enumerate(row_scorers(rows, scorer)):
+    for index, (row, kind) in enumerate(with_scorers(rows, scorer)):
         if kind == "likelihood":
             try:
-                tokenize_options(tokenizer, rows[index], chat_template)
+                tokenize_options(tokenizer, row, chat_template)
             except ValueError as error:
                 raise ValueError(f"row with index {index}: {error}") from error
 
@@ -169,13 +206,20 @@ def _end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
-def _batches(rows: Sequence[Row], scorers: Sequence[str], batch_size: int) -> Iterator[tuple[str, list[int]]]:
-    """Scorer and row indices of every batch: rows of one scorer and of similar length, the longest first."""
-    for kind in ("likelihood", "generate"):
-        indices = [index for index, scorer in enumerate(scorers) if scorer == kind]
-        indices.sort(key=lambda index: -len(to_prompt_completion(rows[index])["prompt"]))
-        for i in range(0, len(indices), batch_size):
-            yield kind, indices[i : i + batch_size]
+def _batches(rows: Iterable[Row], scorer: str, batch_size: int) -> Iterator[tuple[str, list[int], list[Row]]]:
+    """Scorer, row indices and rows of every batch: of one scorer and similar length, the longest of a window first."""
+    numbered = enumerate(with_scorers(rows, scorer))
+    while window := list(islice(numbered, WINDOW * batch_size)):
+        window.sort(key=lambda item: -len(to_prompt_completion(item[1][0])["prompt"]))
+        for kind in ("likelihood", "generate"):
+            found = [(index, row) for index, (row, scorer_of_row) in window if scorer_of_row == kind]
+            for i in range(0, len(found), batch_size):
+                indices, batch = zip(*found[i : i + batch_size], strict=True)
+                yield kind, list(indices), list(batch)
+
+
+def _index(prediction: Prediction) -> int:
+    return int(prediction["index"])
 
 
 def _likeliest(rows: Sequence[Row], likelihoods: Sequence[dict[str, float]]) -> Iterator[dict[str, Any]]:

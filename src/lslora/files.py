@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -32,6 +35,32 @@ def write_whole(path: str | Path, text: str) -> None:
     """Write a UTF-8 file as `replacing` does."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def write_json_whole(path: str | Path, value: dict[str, Any]) -> None:
+    """Write a JSON file as `replacing` does; an iterator in `value` becomes an array, and is never held whole."""
+    with replacing(path) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(_json_pieces(value))
+        file.write("\n")
+
+
+def _json_pieces(value: Any) -> Iterator[str]:
+    """A JSON text: an entry of an object a line, an element of an array that was an iterator a line."""
+    if isinstance(value, Iterator):
+        yield from _enclosed("[", ([json.dumps(element, ensure_ascii=False)] for element in value), "]")
+    elif isinstance(value, dict):
+        entries = (chain([f"{json.dumps(key, ensure_ascii=False)}: "], _json_pieces(of)) for key, of in value.items())
+        yield from _enclosed("{", entries, "}")
+    else:
+        yield json.dumps(value, ensure_ascii=False)
+
+
+def _enclosed(begin: str, entries: Iterable[Iterable[str]], end: str) -> Iterator[str]:
+    yield begin
+    for number, entry in enumerate(entries):
+        yield ",\n" if number else "\n"
+        yield from entry
+    yield f"\n{end}"
 
 
 def publish(stage: Path, folder: Path) -> None:

@@ -1,7 +1,11 @@
-"""From a file to JSON values, each with its place. What is no regular file of UTF-8 JSON is told, never guessed at."""
+"""From a file to JSON values, each with its place. What is no regular file of UTF-8 JSON is told, never guessed at.
+
+A file is read in pieces: of one of any size no more is held than a few of its rows.
+"""
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import reprlib
@@ -10,10 +14,12 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 MAX_ROW_BYTES = 1_000_000
 MAX_INTEGER_DIGITS = 640  # what Python converts under any setting of its own limit
+LONGEST_DOUBT = 3  # characters behind a value that tell that it ends there: of 1e+5 the first is a number, too
+PIECE = 1 << 16  # characters, or bytes, that are read at once
 
 # How files begin that are often given by mistake.
 _SIGNATURES = {
@@ -53,54 +59,79 @@ def read_values(path: Path) -> Iterator[tuple[str, Any]]:
         integer of more than `MAX_INTEGER_DIGITS` digits. A syntax error ends an array: what follows is not read.
 
     Raises:
-        DataError: the file cannot be read or is no text.
+        DataError: the file cannot be read or is no text; told before the first row.
     """
-    text = _read_text(path)
-    start = _after_space(text, 0)
-    return _array(text, start) if text.startswith("[", start) else _lines(text)
-
-
-def _read_text(path: Path) -> str:
-    """The file's text with LF as its only line break."""
     try:
-        mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder the operating system says so itself
-            raise DataError(f"{path}: must be a regular file, got a pipe, a socket or a device")
-        content = path.read_bytes()
+        _check_text(path)
+        # Universal newlines: LF is the only line break from here on.
+        with path.open(encoding="utf-8-sig") as file:
+            text = _Text(file)
+            if text.skip("["):
+                yield from _array(text)
+            else:
+                file.seek(0)
+                yield from _lines(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    for signature, name in _SIGNATURES.items():
-        if content.startswith(signature):
-            raise DataError(f"{path}: must be JSON in UTF-8, this file looks like {name}: unpack or convert it first")
-    if b"\0" in content:
-        place = content.index(b"\0")
-        raise DataError(f"{path}: must be UTF-8 text, but byte {place} is NUL ({_line(content, place)})")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start} is not ({_line(content, error.start)})"
-        raise DataError(f"{path}: must be UTF-8 text, but {where}: {error.reason}") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _line(content: bytes, place: int) -> str:
-    return f"line {len(content[: place + 1].splitlines())}"  # of bytes it splits at CR and LF alone
+def _check_text(path: Path) -> None:
+    """DataError unless the file is a regular one and UTF-8 text."""
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder the operating system says so itself
+        raise DataError(f"{path}: must be a regular file, got a pipe, a socket or a device")
+    with path.open("rb") as file:
+        head = file.read(max(map(len, _SIGNATURES)))
+        for signature, name in _SIGNATURES.items():
+            if head.startswith(signature):
+                must = "must be JSON in UTF-8, this file looks like"
+                raise DataError(f"{path}: {must} {name}: unpack or convert it first")
+        file.seek(0)
+        decoder, place, piece = codecs.getincrementaldecoder("utf-8")(), 0, head
+        while piece:
+            piece = file.read(PIECE)
+            until_nul, nul, _ = piece.partition(b"\0")
+            begun = len(decoder.getstate()[0])  # bytes of a character whose end is in this piece
+            try:
+                decoder.decode(until_nul, final=not piece)
+            except UnicodeDecodeError as error:
+                bad = place - begun + error.start
+                where = f"byte {bad} is not ({_line(path, bad)})"
+                raise DataError(f"{path}: must be UTF-8 text, but {where}: {error.reason}") from error
+            if nul:
+                bad = place + len(until_nul)
+                raise DataError(f"{path}: must be UTF-8 text, but byte {bad} is NUL ({_line(path, bad)})")
+            place += len(piece)
 
 
-def _lines(text: str) -> Iterator[tuple[str, Any]]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        start = _after_space(line, 0)
-        if start < len(line):
-            yield f"line {number}", _whole(line, start)
+def _line(path: Path, place: int) -> str:
+    """The line that holds the byte at `place`."""
+    number = end = 0
+    with path.open(encoding="latin-1", newline="") as file:  # a character a byte
+        while end <= place:
+            end += len(file.readline())
+            number += 1
+    return f"line {number}"
 
 
-def _whole(line: str, start: int) -> Any:
+def _lines(file: TextIO) -> Iterator[tuple[str, Any]]:
+    # A file's own lines end in LF alone: JSON strings may hold U+2028 and its like unescaped.
+    decoder = _Decoder()
+    for number, line in enumerate(file, start=1):
+        if not _is_space(line):
+            yield f"line {number}", _whole(decoder, line.removesuffix("\n"))
+
+
+def _is_space(text: str) -> bool:
+    return _after_space(text, 0) == len(text)
+
+
+def _whole(decoder: _Decoder, line: str) -> Any:
     """The one value of a line."""
     if too_long := _too_long(line):
         return too_long
     try:
-        value, end = _decode(line, start)
+        value, end = decoder.value(line, _after_space(line, 0))
         if _after_space(line, end) < len(line):
             raise json.JSONDecodeError("Extra data", line, end)
     except json.JSONDecodeError as error:
@@ -110,36 +141,77 @@ def _whole(line: str, start: int) -> Any:
     return value
 
 
-def _array(text: str, start: int) -> Iterator[tuple[str, Any]]:
-    place = _after_space(text, start + 1)
+def _array(text: _Text) -> Iterator[tuple[str, Any]]:
+    """The values of an array whose bracket has been read."""
     for number in count(1):
-        if text.startswith("]", place):
+        if text.skip("]"):
             break
         try:
-            if number > 1:
-                place = _after_comma(text, place)
-            value, end = _decode(text, place)
+            if number > 1 and not text.skip(","):
+                raise text.error("Expecting ',' delimiter")
+            value, written = text.value()
         except json.JSONDecodeError as error:
-            yield f"row {number}", _syntax_error(error)
+            yield f"row {number}", text.syntax_error(error)
             return
         except RecursionError:
             yield f"row {number}", Unparsed("lists or objects are nested too deeply")
             return
-        yield f"row {number}", _too_long(text[place:end]) or value
-        place = _after_space(text, end)
-    end = _after_space(text, place + 1)
-    if end < len(text):
-        yield "after the array", _syntax_error(json.JSONDecodeError("Extra data", text, end))
+        yield f"row {number}", _too_long(written) or value
+    if not text.has_ended():
+        yield "after the array", text.syntax_error(text.error("Extra data"))
 
 
-def _syntax_error(error: json.JSONDecodeError) -> Unparsed:
-    return Unparsed(f"line {error.lineno}: no valid JSON: {error.msg} at column {error.colno}")
+class _Text:
+    """What of a file's text is at hand, and how far it has been read."""
 
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.held, self.place, self.decoder = file, "", 0, _Decoder()
+        self.line = self.column = 0  # of the first character held, in the file
 
-def _after_comma(text: str, place: int) -> int:
-    if not text.startswith(",", place):
-        raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
-    return _after_space(text, place + 1)
+    def more(self) -> bool:
+        """Read on: as much as is left to be read of what is held, so that long rows are not read again too often."""
+        piece = self.file.read(max(PIECE, len(self.held) - self.place))
+        if piece:
+            breaks = self.held.count("\n", 0, self.place)
+            self.line += breaks
+            self.column = self.place - self.held.rfind("\n", 0, self.place) - 1 + (0 if breaks else self.column)
+            self.held, self.place = self.held[self.place :] + piece, 0
+        return bool(piece)
+
+    def has_ended(self) -> bool:
+        """Whether nothing but space is left; what there is of it is skipped."""
+        self.place = _after_space(self.held, self.place)
+        while self.place == len(self.held) and self.more():
+            self.place = _after_space(self.held, self.place)
+        return self.place == len(self.held)
+
+    def skip(self, character: str) -> bool:
+        """Whether this character comes next, after space; then it is read."""
+        found = not self.has_ended() and self.held[self.place] == character
+        self.place += found
+        return found
+
+    def value(self) -> tuple[Any, str]:
+        """The value that comes next, after space, and how it is written; JSONDecodeError where there is none."""
+        self.has_ended()
+        while True:
+            try:
+                value, end = self.decoder.value(self.held, self.place)
+                if end + LONGEST_DOUBT <= len(self.held) or not self.more():
+                    break
+            except json.JSONDecodeError:
+                if not self.more():
+                    raise
+        written = self.held[self.place : end]
+        self.place = end
+        return value, written
+
+    def error(self, message: str) -> json.JSONDecodeError:
+        return json.JSONDecodeError(message, self.held, self.place)
+
+    def syntax_error(self, error: json.JSONDecodeError) -> Unparsed:
+        column = error.colno + (self.column if error.lineno == 1 else 0)
+        return Unparsed(f"line {self.line + error.lineno}: no valid JSON: {error.msg} at column {column}")
 
 
 def _after_space(text: str, place: int) -> int:
@@ -154,27 +226,35 @@ def _too_long(piece: str) -> Unparsed | None:
     return Unparsed(f"a row must have at most {MAX_ROW_BYTES:,} bytes, got {size:,}")
 
 
-def _decode(text: str, start: int) -> tuple[Any, int]:
-    """The value that begins at `start`, and where it ends."""
-    problems: list[str] = []  # noted and not raised: the end of the value, where the next row begins, is still needed
+class _Decoder(json.JSONDecoder):
+    """Reads one value, and notes what JSON readers let pass.
 
-    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    Noted and not raised: the end of the value, where the next row begins, is still needed.
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        super().__init__(object_pairs_hook=self.object_of, parse_int=self.integer, parse_constant=self.constant)
+
+    def value(self, text: str, start: int) -> tuple[Any, int]:
+        """The value that begins at `start`, `Unparsed` if there was something to note, and where it ends."""
+        self.problems.clear()
+        value, end = self.raw_decode(text, start)
+        return (Unparsed(self.problems[0]) if self.problems else value), end
+
+    def object_of(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):  # JSON readers keep the last in silence
             key, times = Counter(key for key, _ in pairs).most_common(1)[0]
-            problems.append(f"the key {reprlib.repr(key)} stands {times} times in one object")
+            self.problems.append(f"the key {reprlib.repr(key)} stands {times} times in one object")
         return value
 
-    def integer(digits: str) -> int:
+    def integer(self, digits: str) -> int:
         if len(digits) <= MAX_INTEGER_DIGITS:
             return int(digits)
-        problems.append(f"an integer must have at most {MAX_INTEGER_DIGITS} digits, got {len(digits):,}")
+        self.problems.append(f"an integer must have at most {MAX_INTEGER_DIGITS} digits, got {len(digits):,}")
         return 0
 
-    def constant(name: str) -> float:
-        problems.append(f"{name} is no JSON")
+    def constant(self, name: str) -> float:
+        self.problems.append(f"{name} is no JSON")
         return float(name)
-
-    decoder = json.JSONDecoder(object_pairs_hook=object_of, parse_int=integer, parse_constant=constant)
-    value, end = decoder.raw_decode(text, start)
-    return (Unparsed(problems[0]) if problems else value), end

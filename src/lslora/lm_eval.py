@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .answers import option_completion, options_of
 from .data import Row, to_prompt_completion
-from .evaluation import row_scorers
+from .evaluation import with_scorers
 from .files import write_whole
 
 
@@ -41,10 +41,10 @@ def write_task(rows: Sequence[Row], folder: str | Path, name: str) -> Path:
         raise ValueError(f"name must be made of letters, digits, _ and -, got {name!r}")
     if not rows:
         raise ValueError("rows must hold at least one row, got none")
-    row_scorers(rows, "likelihood")
+    lines = [json.dumps(_question(row)) + "\n" for row, _ in with_scorers(rows, "likelihood")]
     folder = Path(folder).resolve()
     questions, task = folder / f"{name}.jsonl", folder / f"{name}.yaml"
-    write_whole(questions, "".join(json.dumps(_question(row)) + "\n" for row in rows))
+    write_whole(questions, "".join(lines))
     # JSON is YAML. All texts are columns, which lm-evaluation-harness takes as they are; templates it would render.
     write_whole(task, json.dumps(_task(name, questions), ensure_ascii=False, indent=2) + "\n")
     return task

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 Prediction = dict[str, Any]
@@ -41,14 +42,14 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return (middle - half) / (1 + spread), min(1.0, (middle + half) / (1 + spread))  # rounding may exceed 1
 
 
-def summarize(predictions: Sequence[Prediction]) -> Summary:
+def summarize(predictions: Iterable[Prediction]) -> Summary:
     """Accuracies of a set of predictions: per task, over all items (micro) and over the tasks' accuracies (macro).
 
     The macro average's interval combines the tasks' Wilson limits `l_t`, `u_t` (Zou and Donner 2008, Statistics in
     Medicine 27): `mean(p) - sqrt(Σ (p_t - l_t)²)/T` to `mean(p) + sqrt(Σ (u_t - p_t)²)/T`.
 
     Args:
-        predictions: At least one.
+        predictions: At least one; gone through once.
 
     Returns:
         `{"tasks": {task: figures}, "micro": figures, "macro": figures}`; figures are `n`, `accuracy`, `interval`
@@ -57,19 +58,22 @@ def summarize(predictions: Sequence[Prediction]) -> Summary:
     Raises:
         ValueError: there are no predictions.
     """
-    if not predictions:
+    counts: dict[str, list[int]] = {}  # per task: items, right ones, unreadable ones
+    for prediction in predictions:
+        _add(counts, prediction["task"], 1, prediction["correct"], prediction["prediction"] is None)
+    if not counts:
         raise ValueError("must hold: at least one prediction, got none")
-    tasks = {task: _figures(items) for task, items in _by_task(predictions).items()}
+    tasks = {task: _figures(*count) for task, count in counts.items()}
     mean = sum(figures["accuracy"] for figures in tasks.values()) / len(tasks)
     below = math.hypot(*(figures["accuracy"] - figures["interval"][0] for figures in tasks.values())) / len(tasks)
     above = math.hypot(*(figures["interval"][1] - figures["accuracy"] for figures in tasks.values())) / len(tasks)
     unparsed = sum(figures["unparsed"] for figures in tasks.values()) / len(tasks)
     macro = {"n": len(tasks), "accuracy": mean, "interval": [mean - below, mean + above], "unparsed": unparsed}
-    return {"tasks": tasks, "micro": _figures(predictions), "macro": macro}
+    return {"tasks": tasks, "micro": _figures(*map(sum, zip(*counts.values(), strict=True))), "macro": macro}
 
 
 def compare(
-    first: Sequence[Prediction], second: Sequence[Prediction], *, resamples: int = 2000, seed: int = 0
+    first: Iterable[Prediction], second: Iterable[Prediction], *, resamples: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
     """Compare two sets of predictions on the same items: accuracy of `second` minus accuracy of `first`.
 
@@ -80,7 +84,7 @@ def compare(
 
     Args:
         first: The one compared with (such as the base model).
-        second: The other; the same items in any order.
+        second: The other; the same items in the same order. Both are gone through once.
         resamples: Number of bootstrap draws.
         seed: Seed of the draws.
 
@@ -89,7 +93,7 @@ def compare(
         with `change = {"difference", "interval"}`.
 
     Raises:
-        ValueError: the two are empty or hold different items (index, task or answer).
+        ValueError: the two are empty or hold different items (index, task or answer), or in another order.
     """
     counts = _paired_counts(first, second)
     total = sum(n for n, _, _ in counts.values())
@@ -184,16 +188,12 @@ def format_comparison(comparison: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _by_task(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
-    tasks: dict[str, list[Prediction]] = {}
-    for prediction in predictions:
-        tasks.setdefault(prediction["task"], []).append(prediction)
-    return tasks
+def _add(counts: dict[str, list[int]], task: str, *numbers: int) -> None:
+    """Add to the numbers of a task."""
+    counts[task] = [sum(pair) for pair in zip(counts.get(task, [0] * len(numbers)), numbers, strict=True)]
 
 
-def _figures(predictions: Sequence[Prediction]) -> dict[str, Any]:
-    n, correct = len(predictions), sum(prediction["correct"] for prediction in predictions)
-    unparsed = sum(prediction["prediction"] is None for prediction in predictions)
+def _figures(n: int, correct: int, unparsed: int) -> dict[str, Any]:
     return {"n": n, "accuracy": correct / n, "interval": [*wilson_interval(correct, n)], "unparsed": unparsed / n}
 
 
@@ -202,25 +202,26 @@ def _percentages(figures: Mapping[str, Any]) -> str:
     return f"{100 * figures['accuracy']:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
 
 
-def _paired_counts(first: Sequence[Prediction], second: Sequence[Prediction]) -> dict[str, tuple[int, int, int]]:
+def _paired_counts(first: Iterable[Prediction], second: Iterable[Prediction]) -> dict[str, list[int]]:
     """Per task: items, items that only the first gets right, items that only the second gets right."""
-    partner = {_identity(prediction): prediction for prediction in second}
-    unmatched = partner.keys() ^ {_identity(prediction) for prediction in first}
-    if unmatched or len(first) != len(second) or not first:
-        shown = ", ".join(f"index {index} (task {task!r}, answer {answer!r})" for index, task, answer in unmatched)
-        raise ValueError(
-            f"both must hold the same items, at least one: got {len(first)} and {len(second)}, "
-            f"{len(unmatched)} of them on one side only" + (f", such as {shown.split(', index')[0]}" if shown else "")
-        )
-    counts = {}
-    for task, items in _by_task(first).items():
-        pairs = [(item["correct"], partner[_identity(item)]["correct"]) for item in items]
-        counts[task] = (len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
+    counts: dict[str, list[int]] = {}
+    for number, (one, other) in enumerate(zip_longest(first, second), start=1):
+        if _identity(one) != _identity(other):
+            raise ValueError(
+                "both must hold the same items in the same order, "
+                f"but item {number} is {_identity(one)} in the first and {_identity(other)} in the second"
+            )
+        a, b = one["correct"], other["correct"]
+        _add(counts, one["task"], 1, a and not b, b and not a)
+    if not counts:
+        raise ValueError("both must hold the same items, at least one, got none")
     return counts
 
 
-def _identity(prediction: Prediction) -> tuple[Any, Any, Any]:
-    return prediction["index"], prediction["task"], prediction["answer"]
+def _identity(prediction: Prediction | None) -> str:
+    if prediction is None:
+        return "missing"
+    return f"index {prediction['index']} (task {prediction['task']!r}, answer {prediction['answer']!r})"
 
 
 def _change(difference: float, drawn: list[float]) -> dict[str, Any]:

@@ -1,19 +1,23 @@
-"""Long runs: does memory grow over thousands of training steps, or over adapters that come and go?
+"""Long runs: does memory grow over thousands of training steps, over adapters that come and go, or over many rows?
 
     python -m tests.torture memory --out FOLDER
 
-Trains a small model for --steps steps, with calibration, checkpoints, logs and the splines' course, and adds and
-deletes --cycles adapters. Resident memory and the bytes of all tensors alive are drawn over the run into
-FOLDER/memory.png, with a straight line through what comes after the first quarter; FOLDER/memory.json has the numbers.
-Exit code 1 if the tensors alive grow at all, or the resident memory by more than --tolerance of itself.
+Trains a small model for --steps steps, with calibration, checkpoints, logs and the splines' course, adds and deletes
+--cycles adapters, and lets eval_lslora.py answer --rows rows in a process of its own, from the first it reads to the
+results it writes. Resident memory and the bytes of all tensors alive (where the process is this one) are drawn over
+the run into FOLDER/memory.png, with a straight line through what comes after the first quarter; FOLDER/memory.json has
+the numbers. Exit code 1 if the tensors alive grow at all, or the resident memory by more than --tolerance of itself.
 """
 
 import argparse
 import gc
 import json
 import os
+import subprocess
 import sys
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,10 +36,12 @@ from lslora.checkpoints import WholeCheckpointsMixin
 from lslora.data import load_examples
 from lslora.files import replacing, write_whole
 from lslora.training import SplineTrainerMixin
-from tests.tiny import make_tiny
+from tests.tiny import ROWS, make_tiny
 
 MIB = 1 << 20
 SAMPLES = 100
+TITLES = ("resident memory", "tensors alive")
+ROOT = Path(__file__).parents[2]
 
 
 class LongTrainer(SplineTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
@@ -55,12 +61,17 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--tolerance", type=float, default=0.02)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        found = {"adapters": come_and_go(args.cycles), "steps": train(Path(folder), args.steps)}
-    lines = {name: [fit(samples, column) for column in (1, 2)] for name, samples in found.items()}
+        found = {
+            "adapters": come_and_go(args.cycles),
+            "steps": train(Path(folder), args.steps),
+            "rows": answer(Path(folder), args.rows),
+        }
+    lines = {name: [fit(samples, column) for column in range(1, len(samples[0]))] for name, samples in found.items()}
     if args.out:
         write_whole(args.out / "memory.json", json.dumps(found) + "\n")
         with replacing(args.out / "memory.png") as part:
@@ -71,9 +82,14 @@ def main(argv):
 def memory():
     """Resident memory, and the bytes of all tensors that Python knows, in MiB."""
     gc.collect()
-    resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     tensors = {o.data_ptr(): o.nbytes for o in gc.get_objects() if type(o) in (torch.Tensor, nn.Parameter)}
-    return resident / MIB, sum(tensors.values()) / MIB
+    return resident(os.getpid()), sum(tensors.values()) / MIB
+
+
+def resident(process):
+    """Resident memory of a process in MiB."""
+    pages = Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / MIB
 
 
 def train(folder, steps):
@@ -91,6 +107,7 @@ def train(folder, steps):
         callbacks=[SplineCallback(), sampler],
     )  # fmt: skip
     trainer.train()
+    trainer.save_model()
     return sampler.samples
 
 
@@ -116,37 +133,71 @@ def come_and_go(cycles):
     return samples
 
 
+def answer(folder, rows):
+    """eval_lslora.py with the adapter that `train` left: resident memory over the rows answered, writing included."""
+    data, output = folder / "many.jsonl", folder / "results.json"
+    with data.open("w", encoding="utf-8") as file:
+        for number in range(rows):
+            row = ROWS[number % len(ROWS)]
+            file.write(json.dumps(row | {"input": "red " * (number % 7)}) + "\n")
+    command = [
+        sys.executable, str(ROOT / "eval_lslora.py"), "--adapter", str(folder / "out"), "--dataset", str(data),
+        "--output", str(output), "--model_name", str(folder / "model"), "--quiet",
+    ]  # fmt: skip
+    partial = Path(f"{output}.partial.jsonl")
+    samples, answered, place = [], 0, 0
+    with subprocess.Popen(command, cwd=ROOT) as process:
+        while process.poll() is None:
+            time.sleep(0.25)
+            with (
+                suppress(OSError),
+                partial.open("rb") as file,
+            ):  # it is not there before the first row and after the last
+                file.seek(place)
+                added = file.read()
+                place, answered = place + len(added), answered + added.count(b"\n")
+            if answered > 1 and (held := resident(process.pid)):  # 0 when the process has just ended
+                samples.append((answered - 1, held))
+    if process.returncode or json.loads(output.read_text(encoding="utf-8"))["summary"]["micro"]["n"] != rows:
+        raise RuntimeError(f"eval_lslora.py did not answer all rows, exit code {process.returncode}")
+    return samples
+
+
 def fit(samples, column):
     """A straight line through what comes after the first quarter."""
-    late = samples[len(samples) // 4 :]
+    late = later(samples)
     return stats.linregress([sample[0] for sample in late], [sample[column] for sample in late])
+
+
+def later(samples):
+    return samples[len(samples) // 4 :]
 
 
 def judge(found, lines, tolerance):
     code = 0
     for name, samples in found.items():
-        late = samples[len(samples) // 4 :]
-        resident, _ = lines[name]
-        grown = resident.slope * (late[-1][0] - late[0][0])
+        late = later(samples)
+        (x, first, *tensors), (end, last, *tensors_last), line = late[0], late[-1], lines[name][0]
+        alive = f"; tensors alive {tensors[0]:.4f} to {tensors_last[0]:.4f} MiB" if tensors else ""
         print(
-            f"{samples[-1][0]} {name}: resident memory {late[0][1]:.1f} to {late[-1][1]:.1f} MiB, slope "
-            f"{1000 * resident.slope:+.3f} ± {1960 * resident.stderr:.3f} MiB per 1,000; tensors alive "
-            f"{late[0][2]:.4f} to {late[-1][2]:.4f} MiB"
+            f"{end} {name}: resident memory {first:.1f} to {last:.1f} MiB, slope "
+            f"{1000 * line.slope:+.3f} ± {1960 * line.stderr:.3f} MiB per 1,000{alive}"
         )
-        if late[-1][2] > late[0][2] or grown > tolerance * late[0][1]:
+        if tensors_last > tensors or line.slope * (end - x) > tolerance * first:
             print(f"  {name}: memory grows")
             code = 1
     return code
 
 
 def draw(found, lines):
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    for row, (name, samples) in zip(figure.subplots(2, 2), found.items(), strict=True):
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    for row, (name, samples) in zip(figure.subplots(len(found), 2), found.items(), strict=True):
         places = [sample[0] for sample in samples]
-        for axis, column, title in zip(row, (1, 2), ("resident memory", "tensors alive"), strict=True):
+        row[-1].set_visible(len(lines[name]) > 1)
+        for axis, column, title in zip(row, range(1, len(lines[name]) + 1), TITLES, strict=False):
             axis.plot(places, [sample[column] for sample in samples], ".", markersize=4)
             line = lines[name][column - 1]
-            late = places[len(places) // 4 :]
+            late = later(places)
             axis.plot(late, [line.intercept + line.slope * x for x in late], linewidth=1.2)
             axis.set_ylim(0, 1.3 * max(sample[column] for sample in samples))
             axis.set_title(f"{title}, {1000 * line.slope:+.3f} MiB per 1,000 {name}", fontsize=9)

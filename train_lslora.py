@@ -62,7 +62,12 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--r", type=int, default=16, help="rank")
     group.add_argument("--lora_alpha", type=int, default=32)
     group.add_argument("--lora_dropout", type=float, default=0.05)
-    group.add_argument("--use_rslora", action="store_true", help="divide lora_alpha by the root of r instead of r")
+    group.add_argument(
+        "--use_rslora",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="divide lora_alpha by the root of r instead of r",
+    )
     group.add_argument("--target_modules", nargs="+", default=["all-linear"])
 
     group = parser.add_argument_group("spline (--method lslora)")
@@ -103,11 +108,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def recommended_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """What `--recommended` changes in the adapter's and the spline's defaults; flags that are given still win."""
     from lslora import LSLoraConfig
+    from lslora.config import RECOMMENDED
     from lslora.training import RECOMMENDED_LR_RATIO
 
     config = LSLoraConfig.recommended(r=args.r, calibration_steps=max(1, args.max_steps // 3))
-    adapter = ("lora_alpha", "placement", "num_knots", "extrapolation", "learn_scales", "calibration_steps")
-    return {name: getattr(config, name) for name in adapter} | {"spline_lr_ratio": RECOMMENDED_LR_RATIO}
+    changed = {name: getattr(config, name) for name in ("lora_alpha", *RECOMMENDED)}
+    return changed | {"spline_lr_ratio": RECOMMENDED_LR_RATIO}
 
 
 def main(argv: list[str] | None = None) -> int:

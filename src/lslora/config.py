@@ -31,6 +31,7 @@ LEAST_SPACING = 1e-30
 FP32_STEPS = 2**-20  # of a position: nearer knots are too near for fp32, whose numbers are 2**-23 apart
 
 RECOMMENDED = {
+    "use_rslora": True,
     "num_knots": 9,
     "calibration_steps": 100,
     "extrapolation": "linear",
@@ -101,11 +102,12 @@ class LSLoraConfig(LoraConfig):
 
     @classmethod
     def recommended(cls, **overrides: Any) -> LSLoraConfig:
-        """The settings that did best on validation rows, with `overrides` on top; level with a tuned LoRA there.
+        """The settings that did best on validation rows, with `overrides` on top.
 
         benchmarks/LOG.md says how they were found. They go with a learning rate of the splines of about 20 times that
-        of A and B (`lslora.training.separate_spline_group`), and with `calibration_steps` at a third of the run's
-        steps: set it.
+        of A and B (`lslora.training.separate_spline_group`), with `calibration_steps` at a third of the run's steps:
+        set it; and, since `use_rslora` makes the update larger, with a lower learning rate than LoRA's (at r = 16 a
+        third of it).
         """
         settings: dict[str, Any] = {**RECOMMENDED, **overrides}
         settings.setdefault("lora_alpha", 10 * settings.get("r", LoraConfig().r))

@@ -79,13 +79,14 @@ def layer_step(provider: str, shape: tuple[int, int], tokens: int, device: str) 
     model = attach(base, provider, ["0"])
     x = torch.randn(tokens, shape[0], device=device, dtype=dtype, requires_grad=True)
     g = torch.randn(tokens, shape[1], device=device, dtype=dtype)
+    leaves = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
 
     def step() -> None:
         with timing.autocast(device):
             y = model(x)
         y.backward(g)
-        x.grad = None
-        model.zero_grad(set_to_none=True)
+        for leaf in leaves:
+            leaf.grad = None
 
     return step
 

@@ -29,7 +29,8 @@ def test_plainer_ways_compute_what_ours_does(provider):
         y.square().sum().backward()
         found.append({"y": y} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, msg=name)
+        # Sums whose terms cancel: rounding is measured against the largest of them.
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-6 * value.abs().max().item(), msg=name)
 
 
 def test_without_an_adapter_nothing_learns():

@@ -77,7 +77,6 @@ def results(function, operands, dtype, extrapolation="clamp"):
 def backend(request, monkeypatch):
     """Each in turn does the work, whatever the tensors are."""
     monkeypatch.setattr("lslora.ops.update.backend_for", lambda *tensors: where_it_runs(request.param))
-    monkeypatch.setattr(cpu_update, "CHUNK", 64)  # many chunks, the last one not full
     monkeypatch.setattr(request.param, "PROGRAMS", 3, raising=False)  # few programs, with several tiles each
     return request.param
 
@@ -85,7 +84,16 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("extrapolation", ["clamp", "linear"])
 @pytest.mark.parametrize(
     ("rows", "out", "r", "num_knots"),
-    [((7,), 5, 3, 5), ((1,), 1, 1, 2), ((2, 3), 17, 16, 9), ((0,), 4, 2, 3), ((3, 0), 4, 2, 3), ((301,), 33, 8, 33)],
+    [
+        ((7,), 5, 3, 5),
+        ((1,), 1, 1, 2),
+        ((2, 3), 17, 16, 9),
+        ((0,), 4, 2, 3),
+        ((3, 0), 4, 2, 3),
+        ((301,), 33, 8, 33),
+        ((133,), 200, 17, 5),
+        ((16,), 64, 256, 12),
+    ],
 )
 def test_output_and_every_gradient_equal_the_formula_in_float64(
     rows, out, r, num_knots, extrapolation, poisoned, backend
@@ -96,6 +104,25 @@ def test_output_and_every_gradient_equal_the_formula_in_float64(
         torch.testing.assert_close(
             actual[name], expected, rtol=2e-5, atol=2e-5 * max(1.0, len(actual["y"].flatten()) ** 0.5), msg=name
         )
+
+
+@pytest.mark.parametrize("num_knots", [5, 12])
+def test_on_a_cpu_threads_share_the_work(num_knots, poisoned):
+    """Only B's gradient, which every thread sums up over its own rows, may differ in its last bits."""
+    given = operands((300,), 200, 24, num_knots)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(results(fused, given, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for name, value in found[0].items():
+            if name == "weight":
+                torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-4)
+            else:
+                assert torch.equal(other[name], value), name
 
 
 def test_its_error_is_at_most_twice_that_of_plain_float32(backend):

@@ -92,6 +92,7 @@ class WeightVariant(SplineVariant):
         return orig_weight - _delta(module, active_adapter, orig_weight)
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLACEMENTS = {"output": OutputVariant, "bottleneck": BottleneckVariant, "weight": WeightVariant}
 
 
@@ -134,11 +135,8 @@ def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
 
     Wrappers do more, and hooks (sharding engines gather parameters in them), and a forward put in the class's place.
     """
-    if type(module) is not cls or "forward" in vars(module):
-        return False
-    return not any(
-        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    )
+    own = vars(module)
+    return type(module) is cls and "forward" not in own and not any(own[hooks] for hooks in HOOKS)
 
 
 def _as_base(module: Any, update: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ class Spline(nn.Module):
             self._offsets(),
             self.input_scale_offset,
             self.output_scale_offset,
-            stretch=self.weight.new_ones(1) if self.grid_scale is None else self.grid_scale,
+            stretch=self.grid_scale,
             scaling=scaling,
             k_min=self.k_min,
             k_max=self.k_max,

@@ -1,8 +1,8 @@
 /* The piecewise spline in one pass over the elements; see reference.py for the mathematics and the notation.
  *
- * LANES elements at a time, eight, in blocks of BLOCK that threads share; cpu.py gives both to the compiler. Every block
- * has sums of its own, added up in order at the end, so the result does not depend on the number of threads; blocks are
- * short, for these sums are in float32.
+ * LANES elements at a time, eight, in blocks of BLOCK that threads share; cpu.py gives these and other sizes to the
+ * compiler. Every block has sums of its own, added up in order at the end, so the spline's gradients do not depend on the
+ * number of threads; blocks are short, for these sums are in float32.
  *
  * All gradients of the spline follow from the sum of g and one sum an interval, C[j] = sum of g * ramp_j(p), where
  * ramp_j rises from 0 to 1 over interval j: the hat of knot i is ramp_(i-1) - ramp_i. A knot without elements beside
@@ -10,6 +10,9 @@
  */
 
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -156,28 +159,33 @@ INLINE Floats value(Floats input, const Shape *s, const Lines *lines) {
     return s->scale_out * (a.u + (left_of(lines, a.j) + within * rise_of(lines, a.j)));
 }
 
-INLINE void forward_block(const float *input, const float *base, float *out, long n, const float *offsets, Shape s) {
+/* Rows of n elements: of the input they come one after another, `pitch` apart, those of base and out `stride`. */
+INLINE void forward_block(const float *input, long pitch, const float *base, float *out, long stride, long rows, long n,
+                          const float *offsets, Shape s) {
     const Lines lines = make_lines(offsets, s.count);
-    long i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        Floats y = value(load(input + i), &s, &lines);
-        if (base) y += load(base + i);
-        store(out + i, y);
-    }
-    if (i < n) {
-        Floats y = value(load_some(input + i, n - i), &s, &lines);
-        if (base) y += load_some(base + i, n - i);
-        store_some(out + i, y, n - i);
+    for (long row = 0; row < rows; row++, input += pitch, out += stride) {
+        long i = 0;
+        for (; i + LANES <= n; i += LANES) {
+            Floats y = value(load(input + i), &s, &lines);
+            if (base) y += load(base + i);
+            store(out + i, y);
+        }
+        if (i < n) {
+            Floats y = value(load_some(input + i, n - i), &s, &lines);
+            if (base) y += load_some(base + i, n - i);
+            store_some(out + i, y, n - i);
+        }
+        if (base) base += stride;
     }
 }
 
-/* out = base + scale_out * phi; base may be NULL for 0. */
-void spline_forward(const float *input, const float *base, float *out, long n, const Spline *spline) {
+/* out = scale_out * phi(input) */
+void spline_forward(const float *input, float *out, long n, const Spline *spline) {
     const Shape s = shape_of(spline);
 #pragma omp parallel for schedule(static) if (n > BLOCK)
     for (long i = 0; i < n; i += BLOCK) {
-        const float *of_base = base ? base + i : NULL;
-        CALL(forward_block, s, input + i, of_base, out + i, n - i < BLOCK ? n - i : BLOCK, spline->offsets);
+        const long some = n - i < BLOCK ? n - i : BLOCK;
+        CALL(forward_block, s, input + i, some, NULL, out + i, some, 1, some, spline->offsets);
     }
 }
 
@@ -258,4 +266,137 @@ void spline_gradients(const Spline *spline, const double *sums, float *out) {
     }
     out[count + 1] = (float)(scale * sums[count + 2]);
     out[count + 2] = (float)(stretch * value);
+}
+
+/* The whole update: base + stretch * spline(scaling * h B^T / stretch), h B^T in tiles that never leave the cache.
+ *
+ * A tile is a BLOCK, so what is summed up for the spline is summed up as above. */
+enum { ROWS = BLOCK / COLUMNS, BAND = 4 * ROWS };
+
+/* Row-major, and filled up with zeros: n to a multiple of GROUP, r of LANES, m of COLUMNS. n and m count without. */
+typedef struct {
+    const float *h, *weight; /* (n, r), and B: (m, r) */
+    float *across;           /* room for B^T: (r, m) */
+    long n, m, r;
+    int threads;
+} Product;
+
+/* Otherwise the compiler reads them anew for each product, and reading, not multiplying, takes the time. */
+#ifdef __AVX2__
+#define IN_REGISTER(x) __asm__("" : "+x"(x))
+#else
+#define IN_REGISTER(x)
+#endif
+
+/* c = a b, or added to c; rows is a multiple of GROUP, columns of LANES, and rows of b and c are without gaps. */
+INLINE void multiply(const float *a, long a_row, long a_column, const float *b, long b_row, float *c, long c_row,
+                     long rows, long depth, long columns, int adds) {
+    for (long j = 0; j < columns; j += 2 * LANES) {
+        const long next = j + LANES < columns ? LANES : 0; /* of a last single group both halves are the same */
+        for (long i = 0; i < rows; i += GROUP) {
+            const float *left = a + i * a_row, *right = b + j;
+            float *to = c + i * c_row + j;
+            Floats sums[GROUP][2];
+            for (int q = 0; q < GROUP; q++) {
+                sums[q][0] = adds ? load(to + q * c_row) : all(0);
+                sums[q][1] = adds ? load(to + q * c_row + next) : all(0);
+            }
+            for (long k = 0; k < depth; k++, right += b_row) {
+                Floats one = load(right), other = load(right + next);
+                IN_REGISTER(one);
+                IN_REGISTER(other);
+                for (int q = 0; q < GROUP; q++) {
+                    const Floats x = all(left[q * a_row + k * a_column]);
+                    sums[q][0] += x * one;
+                    sums[q][1] += x * other;
+                }
+            }
+            for (int q = 0; q < GROUP; q++) {
+                store(to + q * c_row, sums[q][0]);
+                store(to + q * c_row + next, sums[q][1]);
+            }
+        }
+    }
+}
+
+static long padded(long count, long to) { return (count + to - 1) / to * to; }
+
+static long least(long a, long b) { return a < b ? a : b; }
+
+/* Fill `across`; every thread takes a part. */
+INLINE void transpose(const Product *p) {
+    const long across = padded(p->m, COLUMNS);
+#pragma omp for schedule(static)
+    for (long j = 0; j < across; j++)
+        for (long k = 0; k < p->r; k++) p->across[k * across + j] = p->weight[j * p->r + k];
+}
+
+/* z = h B^T of the tile whose first element is (i, j), with rows of COLUMNS. */
+INLINE void product_tile(const Product *p, long i, long j, long rows, float *z) {
+    const long across = padded(p->m, COLUMNS);
+    multiply(p->h + i * p->r, p->r, 1, p->across + j, across, z, COLUMNS, padded(rows, GROUP), p->r, COLUMNS, 0);
+}
+
+/* base and out: (n, m) without padding. */
+void update_forward(const Product *product, const float *base, float *out, const Spline *spline) {
+    const Shape s = shape_of(spline);
+    const Product p = *product;
+#pragma omp parallel num_threads(p.threads) if (p.n * p.m > BLOCK)
+    {
+        transpose(&p);
+#pragma omp for collapse(2) schedule(static)
+        for (long i = 0; i < p.n; i += ROWS)
+            for (long j = 0; j < p.m; j += COLUMNS) {
+                const long rows = least(ROWS, p.n - i), at = i * p.m + j;
+                float z[BLOCK];
+                product_tile(&p, i, j, rows, z);
+                CALL(forward_block, s, z, COLUMNS, base + at, out + at, p.m, rows, least(COLUMNS, p.m - j),
+                     spline->offsets);
+            }
+    }
+}
+
+/* Copy a tile out of rows of `stride`, filled up with zeros. */
+INLINE void take_tile(const float *from, long stride, long rows, long columns, float *tile) {
+    if (rows < ROWS || columns < COLUMNS) memset(tile, 0, BLOCK * sizeof *tile);
+    for (long row = 0; row < rows; row++)
+        memcpy(tile + row * COLUMNS, from + row * stride, columns * sizeof *tile);
+}
+
+/* g: (n, m). grad_h: like h. grad_weight: like weight, for every thread one, zeros; the sum is left in the first.
+ * more: room for LANES numbers an interval, for every thread; rows: a row (see backward_block) for every tile. */
+void update_backward(const Product *product, const float *g, float *grad_h, float *grad_weight, const Spline *spline,
+                     float *more, double *rows, double *sums) {
+    const Shape s = shape_of(spline);
+    const Product p = *product;
+    const int width = s.count + 3;
+    const long tiles = (p.m + COLUMNS - 1) / COLUMNS, size = padded(p.m, COLUMNS) * p.r;
+#pragma omp parallel num_threads(p.threads) if (p.n * p.m > BLOCK)
+    {
+#ifdef _OPENMP
+        const long thread = omp_get_thread_num();
+#else
+        const long thread = 0;
+#endif
+        float *own = grad_weight + thread * size, *own_more = more + thread * s.count * LANES;
+        transpose(&p);
+#pragma omp for schedule(static)
+        for (long top = 0; top < p.n; top += BAND)
+            for (long j = 0; j < p.m; j += COLUMNS)
+                for (long i = top; i < least(top + BAND, p.n); i += ROWS) {
+                    const long some = least(ROWS, p.n - i), whole = padded(some, GROUP);
+                    float z[BLOCK], g_tile[BLOCK];
+                    product_tile(&p, i, j, some, z);
+                    take_tile(g + i * p.m + j, p.m, some, least(COLUMNS, p.m - j), g_tile);
+                    CALL(backward_block, s, g_tile, z, z, whole * COLUMNS, spline->offsets,
+                         rows + (i / ROWS * tiles + j / COLUMNS) * width, own_more);
+                    multiply(z, COLUMNS, 1, p.weight + j * p.r, p.r, grad_h + i * p.r, p.r, whole, COLUMNS, p.r, j > 0);
+                    multiply(z, 1, COLUMNS, p.h + i * p.r, p.r, own + j * p.r, p.r, COLUMNS, whole, p.r, 1);
+                }
+#pragma omp for schedule(static)
+        for (long e = 0; e < size; e++)
+            for (int t = 1; t < p.threads; t++) grad_weight[e] += grad_weight[t * size + e];
+    }
+    for (long tile = 0; tile < (p.n + ROWS - 1) / ROWS * tiles; tile++)
+        for (int k = 0; k < width; k++) sums[k] += rows[tile * width + k];
 }

@@ -9,7 +9,7 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ SOURCE = Path(__file__).with_name("cpu.c")
 FLAGS = (("-O3", "-march=native", "-fopenmp"), ("-O3",))
 BLOCK = 1024  # elements that have sums of their own
 LANES = 8  # elements at a time
-SIZES = (f"-DBLOCK={BLOCK}", f"-DLANES={LANES}")
+COLUMNS = 64  # of a block that is a part of a matrix
+GROUP = 4  # rows that are multiplied at a time
+SIZES = (f"-DBLOCK={BLOCK}", f"-DLANES={LANES}", f"-DCOLUMNS={COLUMNS}", f"-DGROUP={GROUP}")
 
 
 class _Spline(ctypes.Structure):
@@ -38,9 +40,11 @@ class _Spline(ctypes.Structure):
 
 # Arguments of the functions of cpu.c: memory as addresses, counts as numbers.
 FUNCTIONS = {
-    "spline_forward": (*3 * [ctypes.c_void_p], ctypes.c_long, ctypes.c_void_p),
+    "spline_forward": (*2 * [ctypes.c_void_p], ctypes.c_long, ctypes.c_void_p),
     "spline_backward": (*3 * [ctypes.c_void_p], ctypes.c_long, *4 * [ctypes.c_void_p]),
     "spline_gradients": 3 * [ctypes.c_void_p],
+    "update_forward": 4 * [ctypes.c_void_p],
+    "update_backward": 8 * [ctypes.c_void_p],
 }
 
 
@@ -83,7 +87,8 @@ def forward(z: Tensor, offsets: Tensor, input_scale: Tensor, output_scale: Tenso
     """As `lslora.ops.spline.spline`; computed in float32, returned in the dtype of `z`."""
     numbers = z.float().contiguous()
     out = torch.empty_like(numbers)
-    Passes(offsets, input_scale, output_scale, grid).forward(numbers, None, out)
+    spline = Spline(offsets, input_scale, output_scale, grid)
+    compiled().spline_forward(numbers.data_ptr(), out.data_ptr(), numbers.numel(), spline.shape)
     return out.to(z.dtype)
 
 
@@ -98,15 +103,19 @@ def backward(
     """Gradients of `z` (its dtype), `offsets`, `input_scale` and `output_scale` (float32)."""
     g, numbers = grad_output.float().contiguous(), z.float().contiguous()
     grad_z = torch.empty_like(numbers)
-    passes = Passes(offsets, input_scale, output_scale, grid)
-    passes.backward(g, numbers, grad_z)
-    return grad_z.to(z.dtype), *passes.gradients()
+    spline = Spline(offsets, input_scale, output_scale, grid)
+    blocks = -(-numbers.numel() // BLOCK)
+    memory = *spline.workspace(blocks, blocks), spline.sums
+    addresses = (part.data_ptr() for part in memory)
+    x, grad = numbers.data_ptr(), grad_z.data_ptr()
+    compiled().spline_backward(g.data_ptr(), x, grad, numbers.numel(), spline.shape, *addresses)
+    return grad_z.to(z.dtype), *spline.gradients()
 
 
-class Passes:
-    """The functions of cpu.c for `stretch · spline(scaling · x / stretch)`, on contiguous float32 tensors.
+class Spline:
+    """`stretch · spline(scaling · x / stretch)` as the functions of cpu.c take it, and what they sum up for it.
 
-    The scales are `origin` plus `scale_in` and `scale_out`, which may be None for 0.
+    All tensors are float32. The scales are `origin` plus `scale_in` and `scale_out`, which may be None for 0.
     """
 
     # Small layers pay for every line here as much as for their elements.
@@ -124,8 +133,8 @@ class Passes:
         # Kept, for only their addresses are handed on.
         self.tensors = offsets.contiguous(), scale_in, scale_out, stretch
         self.knots = offsets.numel()
-        self.spline = _Spline(
-            *map(_address, self.tensors),
+        self.structure = _Spline(
+            *(None if tensor is None else tensor.data_ptr() for tensor in self.tensors),
             scaling,
             origin,
             grid.k_min,
@@ -133,32 +142,26 @@ class Passes:
             self.knots,
             grid.extrapolation == "clamp",
         )
-        self.shape = ctypes.byref(self.spline)
-        self.sums = torch.zeros(self.knots + 2, dtype=torch.float64)
+        self.shape = ctypes.byref(self.structure)
 
-    def forward(self, x: Tensor, base: Tensor | None, out: Tensor) -> None:
-        """Write `base + stretch · spline(scaling · x / stretch)` to `out`."""
-        _library().spline_forward(x.data_ptr(), _address(base), out.data_ptr(), x.numel(), self.shape)
+    @cached_property
+    def sums(self) -> Tensor:
+        """What the backward functions add to, (K + 2,) float64."""
+        return torch.zeros(self.knots + 2, dtype=torch.float64)
 
-    def backward(self, g: Tensor, x: Tensor, grad: Tensor) -> None:
-        """Write the gradient of `x` to `grad`, which may be `x` itself, and add to the sums."""
-        blocks = -(-x.numel() // BLOCK)
-        more = torch.empty(blocks, self.knots - 1, LANES)
+    def workspace(self, blocks: int, at_once: int) -> tuple[Tensor, Tensor]:
+        """Memory for the sums of so many blocks, so many at once: `more` and `rows` of cpu.c."""
         rows = torch.empty(blocks, self.knots + 2, dtype=torch.float64)
-        memory = more.data_ptr(), rows.data_ptr(), self.sums.data_ptr()
-        _library().spline_backward(g.data_ptr(), x.data_ptr(), grad.data_ptr(), x.numel(), self.shape, *memory)
+        return torch.empty(at_once, self.knots - 1, LANES), rows
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of `offsets`, `input_scale` and `output_scale` (float32), from everything that went backward."""
         found = torch.empty(self.knots + 2)
-        _library().spline_gradients(self.shape, self.sums.data_ptr(), found.data_ptr())
-        return found[: self.knots], found[self.knots : -1], found[-1:]
+        compiled().spline_gradients(self.shape, self.sums.data_ptr(), found.data_ptr())
+        knots, scale_in, scale_out = found.split((self.knots, 1, 1))
+        return knots, scale_in, scale_out
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _library() -> Any:
+def compiled() -> Any:
     """The compiled functions, where `why_not` has found nothing against them."""
     return library()

@@ -1,17 +1,41 @@
-"""The whole update on the CPU: `result + σ · spline(s · h Bᵀ / σ)`, with h Bᵀ in chunks, made again for backward."""
+"""The whole update on the CPU: `result + σ · spline(s · h Bᵀ / σ)` in one compiled pass, with h Bᵀ in tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import ctypes
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import pad
 
 from . import reference
-from .cpu import Passes
+from .cpu import BLOCK, COLUMNS, GROUP, LANES, Spline, compiled
 
-CHUNK = 1 << 20  # elements of h Bᵀ at a time: four megabytes
+
+class _Product(ctypes.Structure):
+    """`Product` of cpu.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("h", "weight", "across")),
+        *((name, ctypes.c_long) for name in ("n", "m", "r")),
+        ("threads", ctypes.c_int),
+    )
+
+
+class Product:
+    """`h Bᵀ` as the functions of cpu.c take it, for h (…, r) and B (m, r), float32.
+
+    Holds `h` (n, r) and `weight` (m, r), filled up with zeros as cpu.c wants them, and room for the transposed weight.
+    """
+
+    def __init__(self, h: Tensor, weight: Tensor) -> None:
+        m, r = weight.shape
+        self.h, self.weight = _filled(h.reshape(-1, r), GROUP, LANES), _filled(weight, COLUMNS, LANES)
+        self.across = torch.empty_like(self.weight)
+        self.threads = torch.get_num_threads()
+        addresses = self.h.data_ptr(), self.weight.data_ptr(), self.across.data_ptr()
+        self.structure = _Product(*addresses, h.numel() // r, m, self.h.shape[1], self.threads)
+        self.shape = ctypes.byref(self.structure)
 
 
 def forward(
@@ -21,15 +45,15 @@ def forward(
     offsets: Tensor,
     input_scale_offset: Tensor | None,
     output_scale_offset: Tensor | None,
-    stretch: Tensor,
+    stretch: Tensor | None,
     scaling: float,
     grid: reference.Grid,
 ) -> Tensor:
     """As `lslora.ops.update.update`, all float32."""
-    out = torch.empty_like(result, memory_format=torch.contiguous_format)
-    passes = Passes(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
-    for some_h, base, some_out in _chunks(weight, h, result.contiguous(), out):
-        passes.forward(linear(some_h, weight), base, some_out)
+    base, out = result.contiguous(), torch.empty_like(result, memory_format=torch.contiguous_format)
+    spline = Spline(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
+    product = Product(h, weight)
+    compiled().update_forward(product.shape, base.data_ptr(), out.data_ptr(), spline.shape)
     return out
 
 
@@ -40,28 +64,32 @@ def backward(
     offsets: Tensor,
     input_scale_offset: Tensor | None,
     output_scale_offset: Tensor | None,
-    stretch: Tensor,
+    stretch: Tensor | None,
     scaling: float,
     grid: reference.Grid,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `h`, `weight`, `offsets`, `input_scale_offset` and `output_scale_offset`, all float32."""
-    grad_h = torch.empty_like(h, memory_format=torch.contiguous_format)
-    grad_weight = torch.zeros_like(weight)
-    passes = Passes(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
-    for some_h, g, some_grad_h in _chunks(weight, h, grad_output.contiguous(), grad_h):
-        z = linear(some_h, weight)
-        passes.backward(g, z, z)
-        torch.matmul(z, weight, out=some_grad_h)
-        grad_weight.addmm_(_rows(z).T, _rows(some_h))
-    return grad_h, grad_weight, *passes.gradients()
+    """Gradients of `h`, `weight`, `offsets`, `input_scale_offset` and `output_scale_offset`, all float32.
+
+    Every thread sums up B's gradient for itself, so it takes that memory as often.
+    """
+    spline = Spline(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
+    product, g = Product(h, weight), grad_output.contiguous()
+    grad_h = torch.empty_like(product.h)
+    grad_weights = weight.new_zeros(product.threads, *product.weight.shape)
+    tiles = -(-product.h.shape[0] // (BLOCK // COLUMNS)) * (product.weight.shape[0] // COLUMNS)
+    memory = *spline.workspace(tiles, product.threads), spline.sums
+    addresses = (part.data_ptr() for part in memory)
+    gradients = grad_h.data_ptr(), grad_weights.data_ptr()
+    compiled().update_backward(product.shape, g.data_ptr(), *gradients, spline.shape, *addresses)
+    return _part(grad_h, h.reshape(-1, h.shape[-1])).view(h.shape), _part(grad_weights[0], weight), *spline.gradients()
 
 
-def _chunks(weight: Tensor, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The tensors, or equal parts of their rows, of at most `CHUNK` elements of h Bᵀ, but at least one row."""
-    columns, r = weight.shape
-    count = -(-tensors[0].numel() // r * columns // CHUNK)
-    return [tensors] if count <= 1 else zip(*(_rows(tensor).chunk(count) for tensor in tensors), strict=True)
+def _filled(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """The matrix, contiguous, filled up with zeros to multiples of so many rows and columns."""
+    more_rows, more_columns = -matrix.shape[0] % rows, -matrix.shape[1] % columns
+    return pad(matrix, (0, more_columns, 0, more_rows)) if more_rows or more_columns else matrix.contiguous()
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+def _part(filled: Tensor, like: Tensor) -> Tensor:
+    """What was there before it was filled up."""
+    return filled if filled.shape == like.shape else filled[: like.shape[0], : like.shape[1]].contiguous()

@@ -84,11 +84,11 @@ def checked_parameters(
     for scale in (input_scale, output_scale):
         if scale is not None and scale.shape != (1,):
             raise ValueError(f"scales must have shape (1,), got {tuple(scale.shape)}")
-    return (
-        offsets.to(dtype),
-        input_scale if input_scale is None else input_scale.to(dtype),
-        output_scale if output_scale is None else output_scale.to(dtype),
-    )
+    return _in_dtype(offsets, dtype), _in_dtype(input_scale, dtype), _in_dtype(output_scale, dtype)
+
+
+def _in_dtype(tensor: Scale, dtype: torch.dtype) -> Scale:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def checked_grid(k_min: float, k_max: float, extrapolation: str) -> reference.Grid:

@@ -135,21 +135,21 @@ def forward(
     offsets: Tensor,
     input_scale_offset: Tensor | None,
     output_scale_offset: Tensor | None,
-    stretch: Tensor,
+    stretch: Tensor | None,
     scaling: float,
     grid: reference.Grid,
 ) -> Tensor:
     """As `lslora.ops.update.update`, with `weight` in the dtype of `h`."""
     base, h, weight = _rows(result), _rows(h), weight.contiguous()
     out = torch.empty_like(base)
-    scales = _scale(input_scale_offset, stretch), _scale(output_scale_offset, stretch)
+    factors = _factors(offsets, input_scale_offset, output_scale_offset, stretch)
     (n, m), tiles = base.shape, _tiles(h)
     if base.numel():
         numbers, settings = arguments(offsets, grid)
         programs = (triton.cdiv(n, tiles["rows"]), triton.cdiv(m, tiles["columns"]))
         with torch.cuda.device_of(base):
             _forward[programs](
-                base, h, weight, out, offsets.contiguous(), *scales, stretch, scaling,
+                base, h, weight, out, offsets.contiguous(), *factors, scaling,
                 n, m, h.shape[1], *numbers, **settings, **tiles,
             )  # fmt: skip
     return out.view(result.shape)
@@ -162,13 +162,13 @@ def backward(
     offsets: Tensor,
     input_scale_offset: Tensor | None,
     output_scale_offset: Tensor | None,
-    stretch: Tensor,
+    stretch: Tensor | None,
     scaling: float,
     grid: reference.Grid,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `h` and `weight` (their dtype), `offsets` and both scales' offsets (float32)."""
     shape, g, h, weight = h.shape, _rows(grad_output), _rows(h), weight.contiguous()
-    input_scale, output_scale = _scale(input_scale_offset, stretch), _scale(output_scale_offset, stretch)
+    factors = _factors(offsets, input_scale_offset, output_scale_offset, stretch)
     (n, m), r, tiles = g.shape, h.shape[1], _tiles(h)
     # At least one program, so that there are sums even of nothing.
     across, down = max(1, triton.cdiv(n, tiles["rows"])), max(1, triton.cdiv(m, tiles["columns"]))
@@ -178,11 +178,11 @@ def backward(
     grad_weight = g.new_empty(parts_b, m, r, dtype=torch.float32)
     sums = g.new_empty(across * parts_h, width, dtype=torch.float64)
     numbers, settings = arguments(offsets, grid)
-    spline = (offsets.contiguous(), input_scale, output_scale, stretch, scaling, n, m, r, *numbers)
+    spline = (offsets.contiguous(), *factors, scaling, n, m, r, *numbers)
     with torch.cuda.device_of(g):
         _backward_rows[(across, parts_h)](g, h, weight, grad_h, sums, *spline, **settings, **tiles, width=width)
         _backward_columns[(down, parts_b)](g, h, weight, grad_weight, *spline, **settings, **tiles)
-    found = gradients(sums.sum(0), offsets, output_scale)
+    found = gradients(sums.sum(0), offsets, factors[1])
     return grad_h.sum(0).to(h.dtype).view(shape), grad_weight.sum(0).to(weight.dtype), *found
 
 
@@ -190,8 +190,16 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
-def _scale(offset: Tensor | None, like: Tensor) -> Tensor:
-    return torch.ones_like(like) if offset is None else 1 + offset
+def _factors(
+    offsets: Tensor, input_scale_offset: Tensor | None, output_scale_offset: Tensor | None, stretch: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both scales and the stretch as tensors, (1,) each."""
+    one = offsets.new_ones(1)
+    return (
+        one if input_scale_offset is None else 1 + input_scale_offset,
+        one if output_scale_offset is None else 1 + output_scale_offset,
+        one if stretch is None else stretch,
+    )
 
 
 def _tiles(h: Tensor) -> dict[str, int]:

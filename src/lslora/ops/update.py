@@ -20,7 +20,7 @@ def update(
     input_scale_offset: Tensor | None,
     output_scale_offset: Tensor | None,
     *,
-    stretch: Tensor,
+    stretch: Tensor | None = None,
     scaling: float,
     k_min: float,
     k_max: float,
@@ -38,7 +38,7 @@ def update(
         offsets: (K,), K ≥ 2, as in `spline`.
         input_scale_offset: `input_scale − 1`, (1,); None where the scale is 1 and not learned.
         output_scale_offset: The same of `output_scale`.
-        stretch: σ, (1,), positive; not differentiated.
+        stretch: σ, (1,), positive; not differentiated. None for 1.
         scaling: s.
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`.
@@ -63,7 +63,10 @@ def update(
         )
     parameters = spline.checked_parameters(offsets, input_scale_offset, output_scale_offset, torch.float32)
     settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
-    return _Update.apply(result, h, weight.to(h.dtype), *parameters, stretch.float(), settings, chosen)
+    # Small layers pay for every call here, so that tensors are cast only where it changes them.
+    weight = weight if weight.dtype == h.dtype else weight.to(h.dtype)
+    stretch = stretch if stretch is None else stretch.float()
+    return _Update.apply(result, h, weight, *parameters, stretch, settings, chosen)
 
 
 def backend_for(result: Tensor, h: Tensor, weight: Tensor) -> ModuleType | str:

@@ -53,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--warmup_steps", type=float, default=0, help="steps, or a share of all steps if below 1")
     group.add_argument("--weight_decay", type=float, default=0.0, help="of A and B; the splines have none")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="of all trained parameters; 0 clips nothing")
-    group.add_argument("--optim", default="adamw_torch", help="any optimizer of transformers, e.g. paged_adamw_32bit")
+    group.add_argument(
+        "--optim", default="adamw_torch_fused", help="any optimizer of transformers, e.g. paged_adamw_32bit"
+    )
     group.add_argument("--max_length", type=int, default=512, help="tokens a row; longer rows are cut at the end")
     group.add_argument("--group_by_length", action="store_true", help="rows of similar length share a batch")
     group.add_argument("--seed", type=int, default=42)

@@ -66,6 +66,8 @@ def update(
     # Small layers pay for every call here, so that tensors are cast only where it changes them.
     weight = weight if weight.dtype == h.dtype else weight.to(h.dtype)
     stretch = stretch if stretch is None else stretch.float()
+    if not torch.is_grad_enabled():
+        return chosen.forward(result, h, weight, *parameters, stretch, *settings)
     return _Update.apply(result, h, weight, *parameters, stretch, settings, chosen)
 
 

@@ -15,10 +15,11 @@ ALLOWED = {
     "model": {"config", "config_file", "layer"},
     "layer": {"config", "placement"},
     "placement": {"config", "spline"},
-    "spline": {"calibration", "config", "penalty", "ops.spline", "ops.update"},
+    "spline": {"calibration", "config", "penalty", "ops.linear", "ops.spline", "ops.update"},
     "calibration": {"spline"},  # its splines, for type checkers only
     "penalty": {"spline"},  # its splines; imported when asked, since every spline registers there
     "ops.__init__": set(),
+    "ops.linear": {"ops.cpu", "ops.cpu_update", "ops.reference", "ops.spline"},
     "ops.update": {"ops.cpu", "ops.cpu_update", "ops.spline", "ops.triton_update"},
     "ops.cpu_update": {"ops.cpu", "ops.reference"},
     "ops.triton_update": {"ops.reference", "ops.triton"},

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lslora import LSLoraConfig, Spline
 from lslora.ops import cpu_update, reference
+from lslora.ops.linear import adapted_linear
 from lslora.ops.spline import HAS_TRITON
 from lslora.ops.update import update
 from tests.kernels import INTERPRETED, where_it_runs
@@ -244,11 +245,15 @@ def trained(model, x, run=lambda model, x: model(x)):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The number of updates done in one operation."""
+    """The updates done in one operation, those of whole layers among them, by the operation's name."""
     calls = []
     module = importlib.import_module("lslora.spline")
-    real = module.update
-    monkeypatch.setattr(module, "update", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+
+    def counting(name, real):
+        return lambda *args, **kwargs: calls.append(name) or real(*args, **kwargs)
+
+    for name in ("update", "adapted_linear"):
+        monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     return calls
 
 
@@ -265,9 +270,92 @@ def test_layers_compute_what_their_modules_do(settings, counted):
             if spline.grid_scale is not None:
                 spline.calibrate(0.8)
         found.append(trained(model, torch.linspace(-1, 1, 30).view(5, 6)))
-    assert len(counted) == 2  # two layers of the first model
+    # Two layers of the first model.
+    assert counted == 2 * (["update"] if "lora_dropout" in settings else ["adapted_linear"])
     for name, value in found[1].items():
         torch.testing.assert_close(found[0][name], value, msg=name)
+
+
+def hooked(module):
+    module.register_forward_pre_hook(lambda module, args: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda layer: layer.eval(), "adapted_linear"),
+        (lambda layer: layer.train(), "update"),  # with dropout
+        (lambda layer: hooked(layer.eval().lora_dropout["default"]), "update"),
+        (lambda layer: hooked(layer.eval().base_layer), "update"),
+        (lambda layer: hooked(layer.eval().lora_A["default"]), "update"),
+        (lambda layer: hooked(layer.eval().lora_B["default"]), None),
+        (lambda layer: layer.eval().base_layer.requires_grad_(), "update"),
+        (lambda layer: layer.eval().base_layer.double(), None),
+        (lambda layer: setattr(layer.eval().base_layer, "forward", layer.base_layer.forward), "update"),
+    ],
+)
+def test_what_a_layer_is_computed_by(change, name, counted):
+    model = adapted(lora_dropout=0.5)
+    change(model.base_model.model[0])
+    with torch.no_grad():
+        model.base_model.model[0](torch.randn(3, 6).to(model.base_model.model[0].base_layer.weight.dtype))
+    assert counted == ([name] if name else [])
+
+
+def test_two_active_adapters_follow_one_another(counted):
+    model = adapted()
+    model.add_adapter("second", LSLoraConfig(r=2, target_modules=["0", "2"]))
+    model.base_model.set_adapter(["default", "second"])
+    model(torch.randn(3, 6))
+    assert counted == 4 * ["update"]
+
+
+@pytest.mark.parametrize("extrapolation", ["clamp", "linear"])
+@pytest.mark.parametrize(("rows", "bias"), [((130,), True), ((2, 3), False), ((0,), True)])
+def test_a_whole_layer_and_every_gradient_equal_the_formula_in_float64(rows, bias, extrapolation, poisoned):
+    names = ("x", "a", "weight", "offsets", "input_scale", "output_scale")
+    generator = torch.Generator().manual_seed(3)
+    _, _, weight, *rest = operands((1,), 70, 9)
+    weight = weight * 0.01  # z within the first interval beside zero: far from every knot
+    x, a = (torch.randn(shape, generator=generator).double() for shape in ((*rows, 33), (9, 33)))
+    base_weight, base_bias = (torch.randn(shape, generator=generator).double() for shape in ((70, 33), (70,)))
+    rest[0] = rest[0] + 0.2  # φ(0) ≠ 0
+    base_bias = base_bias if bias else None
+
+    def whole(x, a, weight, offsets, input_scale, output_scale):
+        base = base_weight.float(), base_bias if base_bias is None else base_bias.float()
+        stretch, grid = torch.tensor([STRETCH]), {"k_min": -3.5, "k_max": 2.5, "extrapolation": extrapolation}
+        scales = input_scale - 1, output_scale - 1
+        return adapted_linear(x, *base, a, weight, offsets, *scales, stretch=stretch, scaling=SCALING, **grid)
+
+    def exactly(x, a, weight, offsets, input_scale, output_scale):
+        z = SCALING / STRETCH * (x @ a.T @ weight.T)
+        grid = reference.Grid(-3.5, 2.5, extrapolation)
+        values = reference.spline(
+            z, offsets, input_scale, output_scale, grid, interpolation_method="piecewise", soft_temperature=0.5
+        )
+        return nn.functional.linear(x, base_weight, base_bias) + STRETCH * values
+
+    found = []
+    for function, dtype in ((exactly, torch.float64), (whole, torch.float32)):
+        leaves = [leaf.to(dtype).requires_grad_() for leaf in (x, a, weight, *rest)]
+        y = function(*leaves)
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, g)])
+    for name, expected, actual in zip(("y", *names), *found, strict=True):
+        scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+def test_a_whole_layer_that_it_cannot_take_is_refused():
+    x, base, a, b = torch.randn(4, 3), torch.randn(5, 3), torch.randn(2, 3), torch.randn(5, 2)
+    settings = {"scaling": 1.0, "k_min": -1.0, "k_max": 1.0}
+    with pytest.raises(ValueError, match=r"shapes \(…, in\), \(out, in\), \(r, in\) and \(out, r\), got \(4, 3\)"):
+        adapted_linear(x, base, None, a, b[:4], torch.zeros(5), None, None, **settings)
+    with pytest.raises(ValueError, match="in one operation: the base layer is trained"):
+        adapted_linear(x, base.requires_grad_(), None, a, b, torch.zeros(5), None, None, **settings)
+    with pytest.raises(ValueError, match="in one operation: compiled for float32, not torch.float64"):
+        adapted_linear(x.double(), base.detach().double(), None, a, b, torch.zeros(5), None, None, **settings)
 
 
 def test_a_spline_that_waits_for_its_grid_is_observed(counted):

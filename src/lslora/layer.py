@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from .config import LSLoraConfig
-from .placement import PLACEMENTS
+from .placement import PLACEMENTS, whole_layer
 
 NO_MERGE = (
     "LS-LoRA cannot be merged into the base weight unless placement='weight': its update is not linear in x. "
@@ -36,6 +36,11 @@ class LSLoraLayer:
         if isinstance(config, LSLoraConfig):
             return PLACEMENTS[config.placement]()
         return super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[misc]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As peft's; in one operation where that is possible."""
+        whole = None if args or kwargs else whole_layer(self, x)
+        return super().forward(x, *args, **kwargs) if whole is None else whole  # type: ignore[misc]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As peft's; raise ValueError, before anything is merged, where an adapter's update is not linear in x."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from peft.tuners.lora.layer import Embedding, LoraVariant
+from peft.tuners.lora.layer import Embedding, Linear, LoraVariant
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -46,6 +46,25 @@ class OutputVariant(SplineVariant):
                 return updated
         update = a.spline(a.B(h) * a.scaling)
         return (result + _as_base(module, update)).to(result.dtype)
+
+
+def whole_layer(module: Any, x: Tensor) -> Tensor | None:
+    """The output of a layer of which base and adapter can be computed at once; None where that takes several calls.
+
+    That is a frozen `nn.Linear` with one active adapter, its spline on the output, and no dropout.
+    """
+    names = module.active_adapters
+    if not isinstance(module, Linear) or module.disable_adapters or module.merged or len(names) != 1:
+        return None
+    (name,), base = names, module.base_layer
+    if type(module.lora_variant.get(name)) is not OutputVariant or not _is_plain(base, nn.Linear):
+        return None
+    spline, dropout = module.lora_spline[name], module.lora_dropout[name]
+    a, b = _weight_alone(module.lora_A[name]), _weight_alone(module.lora_B[name])
+    drops = not _is_plain(dropout, nn.Identity) and (dropout.training or not _is_plain(dropout, nn.Dropout))
+    if a is None or b is None or drops or not _is_plain(spline, Spline):
+        return None
+    return spline.adapted_linear(x, base, a, b, module.scaling[name])
 
 
 class BottleneckVariant(SplineVariant):

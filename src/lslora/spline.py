@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from . import calibration, penalty
 from .config import LSLoraConfig
+from .ops.linear import adapted_linear, why_not
 from .ops.spline import spline
 from .ops.update import backend_for, update
 
@@ -165,20 +166,30 @@ class Spline(nn.Module):
         backend = backend_for(result, h, weight)
         if isinstance(backend, str):
             return None
-        return update(
-            result,
-            h,
-            weight,
-            self._offsets(),
-            self.input_scale_offset,
-            self.output_scale_offset,
-            stretch=self.grid_scale,
-            scaling=scaling,
-            k_min=self.k_min,
-            k_max=self.k_max,
-            extrapolation=self.extrapolation,
-            backend=backend,
-        )
+        return update(result, h, weight, *self._tensors(), scaling=scaling, backend=backend, **self._settings())
+
+    def adapted_linear(self, x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor | None:
+        """`base(x) + self(scaling · b a x)` in one operation; None where it takes several now.
+
+        See `lslora.ops.linear.adapted_linear`.
+        """
+        self._check_engine()
+        if self.interpolation_method != "piecewise" or self.waits or why_not(x, base.weight, base.bias, a, b):
+            return None
+        tensors = x, base.weight, base.bias, a, b, *self._tensors()
+        return adapted_linear(*tensors, scaling=scaling, asked=True, **self._settings())
+
+    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The offsets, of the knots and of the scales, as a forward pass uses them."""
+        return self._offsets(), self.input_scale_offset, self.output_scale_offset
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "stretch": self.grid_scale,
+            "k_min": self.k_min,
+            "k_max": self.k_max,
+            "extrapolation": self.extrapolation,
+        }
 
     def _check_engine(self) -> None:
         """Raise ValueError if the penalty and the calibration would be lost: DeepSpeed leaves its marks on weights."""

@@ -48,9 +48,12 @@ def forward(
     stretch: Tensor | None,
     scaling: float,
     grid: reference.Grid,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `lslora.ops.update.update`, all float32."""
-    base, out = result.contiguous(), torch.empty_like(result, memory_format=torch.contiguous_format)
+    """As `lslora.ops.update.update`, all float32; written to `out`, which may be `result` itself, if it is given."""
+    if out is None:
+        out = torch.empty_like(result, memory_format=torch.contiguous_format)
+    base = result.contiguous()
     spline = Spline(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
     product = Product(h, weight)
     compiled().update_forward(product.shape, base.data_ptr(), out.data_ptr(), spline.shape)

@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         model, tokenizer = load_model(settings["model_name"], args.adapter, args.dtype)
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
+        partial.file.close()
         if not partial.counts:
             partial.delete()
         return 2

@@ -9,7 +9,7 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def forward(z: Tensor, offsets: Tensor, input_scale: Tensor, output_scale: Tenso
     """As `lslora.ops.spline.spline`; computed in float32, returned in the dtype of `z`."""
     numbers = z.float().contiguous()
     out = torch.empty_like(numbers)
-    spline = Spline(offsets, input_scale, output_scale, grid)
+    spline = CompiledSpline(offsets, input_scale, output_scale, grid)
     compiled().spline_forward(numbers.data_ptr(), out.data_ptr(), numbers.numel(), spline.shape)
     return out.to(z.dtype)
 
@@ -103,17 +103,17 @@ def backward(
     """Gradients of `z` (its dtype), `offsets`, `input_scale` and `output_scale` (float32)."""
     g, numbers = grad_output.float().contiguous(), z.float().contiguous()
     grad_z = torch.empty_like(numbers)
-    spline = Spline(offsets, input_scale, output_scale, grid)
+    spline = CompiledSpline(offsets, input_scale, output_scale, grid)
     blocks = -(-numbers.numel() // BLOCK)
-    memory = *spline.workspace(blocks, blocks), spline.sums
+    memory = spline.workspace(blocks, blocks)
     addresses = (part.data_ptr() for part in memory)
     x, grad = numbers.data_ptr(), grad_z.data_ptr()
     compiled().spline_backward(g.data_ptr(), x, grad, numbers.numel(), spline.shape, *addresses)
-    return grad_z.to(z.dtype), *spline.gradients()
+    return grad_z.to(z.dtype), *spline.gradients(memory[-1])
 
 
-class Spline:
-    """`stretch · spline(scaling · x / stretch)` as the functions of cpu.c take it, and what they sum up for it.
+class CompiledSpline:
+    """`stretch · spline(scaling · x / stretch)` as the functions of cpu.c take it.
 
     All tensors are float32. The scales are `origin` plus `scale_in` and `scale_out`, which may be None for 0.
     """
@@ -144,20 +144,15 @@ class Spline:
         )
         self.shape = ctypes.byref(self.structure)
 
-    @cached_property
-    def sums(self) -> Tensor:
-        """What the backward functions add to, (K + 2,) float64."""
-        return torch.zeros(self.knots + 2, dtype=torch.float64)
-
-    def workspace(self, blocks: int, at_once: int) -> tuple[Tensor, Tensor]:
-        """Memory for the sums of so many blocks, so many at once: `more` and `rows` of cpu.c."""
+    def workspace(self, blocks: int, at_once: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for the sums of so many blocks, so many at once: `more`, `rows` and `sums` of cpu.c."""
         rows = torch.empty(blocks, self.knots + 2, dtype=torch.float64)
-        return torch.empty(at_once, self.knots - 1, LANES), rows
+        return torch.empty(at_once, self.knots - 1, LANES), rows, torch.zeros(self.knots + 2, dtype=torch.float64)
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of `offsets`, `input_scale` and `output_scale` (float32), from everything that went backward."""
+    def gradients(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `offsets`, `input_scale` and `output_scale` (float32), from what a backward function has summed up."""
         found = torch.empty(self.knots + 2)
-        compiled().spline_gradients(self.shape, self.sums.data_ptr(), found.data_ptr())
+        compiled().spline_gradients(self.shape, sums.data_ptr(), found.data_ptr())
         knots, scale_in, scale_out = found.split((self.knots, 1, 1))
         return knots, scale_in, scale_out
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import reference
-from .cpu import BLOCK, COLUMNS, GROUP, LANES, Spline, compiled
+from .cpu import BLOCK, COLUMNS, GROUP, LANES, CompiledSpline, compiled
 
 
 class _Product(ctypes.Structure):
@@ -54,7 +54,7 @@ def forward(
     if out is None:
         out = torch.empty_like(result, memory_format=torch.contiguous_format)
     base = result.contiguous()
-    spline = Spline(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
+    spline = CompiledSpline(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
     product = Product(h, weight)
     compiled().update_forward(product.shape, base.data_ptr(), out.data_ptr(), spline.shape)
     return out
@@ -75,16 +75,20 @@ def backward(
 
     Every thread sums up B's gradient for itself, so it takes that memory as often.
     """
-    spline = Spline(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
+    spline = CompiledSpline(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
     product, g = Product(h, weight), grad_output.contiguous()
     grad_h = torch.empty_like(product.h)
     grad_weights = weight.new_zeros(product.threads, *product.weight.shape)
     tiles = -(-product.h.shape[0] // (BLOCK // COLUMNS)) * (product.weight.shape[0] // COLUMNS)
-    memory = *spline.workspace(tiles, product.threads), spline.sums
+    memory = spline.workspace(tiles, product.threads)
     addresses = (part.data_ptr() for part in memory)
     gradients = grad_h.data_ptr(), grad_weights.data_ptr()
     compiled().update_backward(product.shape, g.data_ptr(), *gradients, spline.shape, *addresses)
-    return _part(grad_h, h.reshape(-1, h.shape[-1])).view(h.shape), _part(grad_weights[0], weight), *spline.gradients()
+    return (
+        _part(grad_h, h.reshape(-1, h.shape[-1])).view(h.shape),
+        _part(grad_weights[0], weight),
+        *spline.gradients(memory[-1]),
+    )
 
 
 def _filled(matrix: Tensor, rows: int, columns: int) -> Tensor:

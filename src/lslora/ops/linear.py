@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from . import cpu, cpu_update, reference, spline
+from . import cpu, cpu_update, spline
 
 
 def adapted_linear(
@@ -61,7 +61,7 @@ def adapted_linear(
     parameters = spline.checked_parameters(offsets, input_scale_offset, output_scale_offset, torch.float32)
     settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
     arguments = x, base_weight, base_bias, a, b, *parameters, stretch, settings
-    return _AdaptedLinear.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
+    return _AdaptedLinear.apply(*arguments) if torch.is_grad_enabled() else _forward(arguments)[0]
 
 
 def why_not(x: Tensor, base_weight: Tensor, base_bias: Tensor | None, a: Tensor, b: Tensor) -> str | None:
@@ -76,22 +76,11 @@ def why_not(x: Tensor, base_weight: Tensor, base_bias: Tensor | None, a: Tensor,
     return next((reason for tensor in tensors if (reason := cpu.why_not(tensor, tensor.dtype))), None)
 
 
-def _forward(
-    x: Tensor,
-    base_weight: Tensor,
-    base_bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    offsets: Tensor,
-    input_scale_offset: Tensor | None,
-    output_scale_offset: Tensor | None,
-    stretch: Tensor | None,
-    settings: tuple[float, reference.Grid],
-) -> tuple[Tensor, Tensor]:
-    """The output and h."""
+def _forward(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """The output and h, from the arguments of `_AdaptedLinear`."""
+    x, base_weight, base_bias, a, b, offsets, scale_in, scale_out, stretch, (scaling, grid) = arguments
     y, h = linear(x, base_weight, base_bias), linear(x, a)
-    cpu_update.forward(y, h, b, offsets, input_scale_offset, output_scale_offset, stretch, *settings, out=y)
-    return y, h
+    return cpu_update.forward(y, h, b, offsets, scale_in, scale_out, stretch, scaling, grid, out=y), h
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -100,7 +89,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         x, base_weight, _, a, *rest, ctx.settings = arguments
-        y, h = _forward(*arguments)
+        y, h = _forward(arguments)
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, base_weight, a, h, *rest)
         return y
 

@@ -56,11 +56,14 @@ class NaiveSpline(Spline):
 DOUBLES = {"lslora_reference": ReferenceSpline, "seed_naive": NaiveSpline}
 
 
-def attach(model: nn.Module, provider: str, targets: str | list[str] = "all-linear") -> nn.Module:
+def attach(
+    model: nn.Module, provider: str, targets: str | list[str] = "all-linear", lora_dropout: float = 0.0
+) -> nn.Module:
     """The provider's adapter of rank 16 on `model`, B and the splines away from where they start; the base frozen."""
     if CONFIGS[provider] is None:
         return model.requires_grad_(False)
-    peft_model = get_peft_model(model, CONFIGS[provider](r=R, lora_alpha=ALPHA, target_modules=targets))
+    config = CONFIGS[provider](r=R, lora_alpha=ALPHA, lora_dropout=lora_dropout, target_modules=targets)
+    peft_model = get_peft_model(model, config)
     for spline in splines_of(peft_model):
         if spline.grid_scale is not None:
             spline.calibrate(1.0)

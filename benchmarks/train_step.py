@@ -45,16 +45,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256, help="of every row")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--lora_dropout", type=float, default=0.0)
     parser.add_argument("--providers", nargs="+", choices=CONFIGS, default=PROVIDERS)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args(argv)
     timing.check_tests()
-    steps = {provider: train_step(adapted(provider, args.model, args.device), args) for provider in args.providers}
+    steps = {
+        provider: train_step(adapted(provider, args.model, args.device, args.lora_dropout), args)
+        for provider in args.providers
+    }
     seconds = timing.interleaved(steps, args.rounds, args.device)
     setting = {"model": args.model, "shape": (args.rows, args.tokens), "tokens": args.rows * args.tokens}
     results = [
         setting
-        | {"provider": name, "gradient_checkpointing": args.gradient_checkpointing}
+        | {"provider": name}
+        | {key: getattr(args, key) for key in ("gradient_checkpointing", "lora_dropout")}
         | timing.summary(seconds[name])
         | {"peak_bytes": timing.peak_bytes(step, args.device)}
         for name, step in steps.items()
@@ -65,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def adapted(provider: str, name: str, device: str) -> Any:
+def adapted(provider: str, name: str, device: str, lora_dropout: float = 0.0) -> Any:
     """The model with the provider's adapter; fp32 on the CPU, bf16 on CUDA."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -74,7 +79,7 @@ def adapted(provider: str, name: str, device: str) -> Any:
             base = AutoModelForCausalLM.from_config(SHAPES[name], dtype=dtype)
     else:
         base = AutoModelForCausalLM.from_pretrained(resolve_model_name(name), dtype=dtype).to(device)
-    return attach(base, provider)
+    return attach(base, provider, lora_dropout=lora_dropout)
 
 
 def train_step(model: Any, args: argparse.Namespace) -> timing.Step:

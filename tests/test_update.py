@@ -184,7 +184,7 @@ def test_a_knot_that_no_element_reaches_gets_an_exactly_zero_gradient(backend):
     assert (gradient[[0, 4]] == 0).all() and (gradient[1:4] != 0).all()
 
 
-def test_operands_stay_as_they_are_and_need_not_be_contiguous(backend):
+def test_tensorsstay_as_they_are_and_need_not_be_contiguous(backend):
     given = [operand.float() for operand in operands((4, 6), 5)]
     strided = [torch.stack([operand, operand], dim=-1)[..., 0] for operand in given]
     assert not strided[0].is_contiguous() and not strided[1].is_contiguous() and not strided[3].is_contiguous()
@@ -229,10 +229,22 @@ def splines(model):
     return [module for module in model.modules() if isinstance(module, Spline)]
 
 
+def hooked(module):
+    """A hook, even one that does nothing, may have its reasons: who calls the module otherwise calls it now."""
+    module.register_forward_pre_hook(lambda module, args: None)
+
+
 def by_modules(model):
-    """Make the layers call B and the spline: a hook, even one that does nothing, may have its reasons."""
+    """Make the layers call B and the spline."""
     for spline in splines(model):
-        spline.register_forward_pre_hook(lambda module, args: None)
+        hooked(spline)
+    return model
+
+
+def by_updates(model):
+    """Make the layers call the base layer and A, and compute the update in one operation."""
+    for layer in (model.base_model.model[0], model.base_model.model[2]):
+        hooked(layer.lora_A["default"])
     return model
 
 
@@ -264,28 +276,24 @@ def counted(monkeypatch):
 )  # fmt: skip
 def test_layers_compute_what_their_modules_do(settings, counted):
     found = []
-    for prepare in (lambda model: model, by_modules):
+    for prepare in (lambda model: model, by_updates, by_modules):
         model = prepare(adapted(**settings))
         for spline in splines(model):
             if spline.grid_scale is not None:
                 spline.calibrate(0.8)
         found.append(trained(model, torch.linspace(-1, 1, 30).view(5, 6)))
-    # Two layers of the first model.
-    assert counted == 2 * (["update"] if "lora_dropout" in settings else ["adapted_linear"])
-    for name, value in found[1].items():
-        torch.testing.assert_close(found[0][name], value, msg=name)
-
-
-def hooked(module):
-    module.register_forward_pre_hook(lambda module, args: None)
+    assert counted == ["adapted_linear", "adapted_linear", "update", "update"]  # models have two layers
+    for name, value in found[2].items():
+        torch.testing.assert_close(found[0][name], value, msg=f"{name}, whole layers")
+        torch.testing.assert_close(found[1][name], value, msg=f"{name}, updates alone")
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
         (lambda layer: layer.eval(), "adapted_linear"),
-        (lambda layer: layer.train(), "update"),  # with dropout
-        (lambda layer: hooked(layer.eval().lora_dropout["default"]), "update"),
+        (lambda layer: layer.train(), "adapted_linear"),  # with dropout
+        (lambda layer: hooked(layer.eval().lora_dropout["default"]), "adapted_linear"),
         (lambda layer: hooked(layer.eval().base_layer), "update"),
         (lambda layer: hooked(layer.eval().lora_A["default"]), "update"),
         (lambda layer: hooked(layer.eval().lora_B["default"]), None),
@@ -310,26 +318,28 @@ def test_two_active_adapters_follow_one_another(counted):
     assert counted == 4 * ["update"]
 
 
+@pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("extrapolation", ["clamp", "linear"])
 @pytest.mark.parametrize(("rows", "bias"), [((130,), True), ((2, 3), False), ((0,), True)])
-def test_a_whole_layer_and_every_gradient_equal_the_formula_in_float64(rows, bias, extrapolation, poisoned):
-    names = ("x", "a", "weight", "offsets", "input_scale", "output_scale")
+def test_a_whole_layer_and_every_gradient_equal_the_formula_in_float64(rows, bias, extrapolation, drops, poisoned):
+    names = ("x", "a", "weight", "offsets", "input_scale", "output_scale", *(("dropped",) if drops else ()))
     generator = torch.Generator().manual_seed(3)
     _, _, weight, *rest = operands((1,), 70, 9)
     weight = weight * 0.01  # z within the first interval beside zero: far from every knot
-    x, a = (torch.randn(shape, generator=generator).double() for shape in ((*rows, 33), (9, 33)))
+    x, a, dropped = (torch.randn(shape, generator=generator).double() for shape in ((*rows, 33), (9, 33), (*rows, 33)))
     base_weight, base_bias = (torch.randn(shape, generator=generator).double() for shape in ((70, 33), (70,)))
     rest[0] = rest[0] + 0.2  # φ(0) ≠ 0
     base_bias = base_bias if bias else None
 
-    def whole(x, a, weight, offsets, input_scale, output_scale):
+    def whole(x, a, weight, offsets, input_scale, output_scale, dropped=None):
         base = base_weight.float(), base_bias if base_bias is None else base_bias.float()
         stretch, grid = torch.tensor([STRETCH]), {"k_min": -3.5, "k_max": 2.5, "extrapolation": extrapolation}
         scales = input_scale - 1, output_scale - 1
-        return adapted_linear(x, *base, a, weight, offsets, *scales, stretch=stretch, scaling=SCALING, **grid)
+        settings = {"stretch": stretch, "scaling": SCALING, "dropped": dropped, **grid}
+        return adapted_linear(x, *base, a, weight, offsets, *scales, **settings)
 
-    def exactly(x, a, weight, offsets, input_scale, output_scale):
-        z = SCALING / STRETCH * (x @ a.T @ weight.T)
+    def exactly(x, a, weight, offsets, input_scale, output_scale, dropped=None):
+        z = SCALING / STRETCH * ((x if dropped is None else dropped) @ a.T @ weight.T)
         grid = reference.Grid(-3.5, 2.5, extrapolation)
         values = reference.spline(
             z, offsets, input_scale, output_scale, grid, interpolation_method="piecewise", soft_temperature=0.5
@@ -338,7 +348,8 @@ def test_a_whole_layer_and_every_gradient_equal_the_formula_in_float64(rows, bia
 
     found = []
     for function, dtype in ((exactly, torch.float64), (whole, torch.float32)):
-        leaves = [leaf.to(dtype).requires_grad_() for leaf in (x, a, weight, *rest)]
+        tensors = (x, a, weight, *rest, *((dropped,) if drops else ()))
+        leaves = [leaf.to(dtype).requires_grad_() for leaf in tensors]
         y = function(*leaves)
         g = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
         found.append([y.detach(), *torch.autograd.grad(y, leaves, g)])
@@ -356,6 +367,8 @@ def test_a_whole_layer_that_it_cannot_take_is_refused():
         adapted_linear(x, base.requires_grad_(), None, a, b, torch.zeros(5), None, None, **settings)
     with pytest.raises(ValueError, match="in one operation: compiled for float32, not torch.float64"):
         adapted_linear(x.double(), base.detach().double(), None, a, b, torch.zeros(5), None, None, **settings)
+    with pytest.raises(ValueError, match=r"dropped must be as x, \(4, 3\) torch.float32, got \(3, 3\)"):
+        adapted_linear(x, base.detach(), None, a, b, torch.zeros(5), None, None, dropped=x[:3], **settings)
 
 
 def test_a_spline_that_waits_for_its_grid_is_observed(counted):
@@ -423,14 +436,15 @@ def saved_bytes(model, x):
     return sum(size for size, _ in kept.values())
 
 
+@pytest.mark.parametrize("dropout", [{}, {"lora_dropout": 0.5}])
 @pytest.mark.parametrize("settings", [{}, {"calibration_steps": 3}, {"learn_scales": False, "num_knots": 9}])
-def test_a_layer_saves_no_more_than_plain_lora(settings):
+def test_a_layer_saves_no_more_than_plain_lora(settings, dropout):
     x = torch.randn(64, 6, requires_grad=True)
-    ours = adapted(**settings)
+    ours = adapted(**settings, **dropout)
     for spline in splines(ours):
         if spline.grid_scale is not None:
             spline.calibrate(1.0)
-    plain, few = saved_bytes(adapted(LoraConfig), x), 2 * 4 * (9 + 2)  # two layers' knots and scales
+    plain, few = saved_bytes(adapted(LoraConfig, **dropout), x), 2 * 4 * (9 + 2)  # two layers' knots and scales
     assert plain >= 2 * 64 * 4 * 4  # h of both layers
     assert saved_bytes(ours, x) <= plain + few
-    assert saved_bytes(by_modules(adapted()), x) > plain + 64 * 8 * 4  # the check can fail
+    assert saved_bytes(by_modules(adapted(**dropout)), x) > plain + 64 * 8 * 4  # the check can fail

@@ -51,7 +51,7 @@ class OutputVariant(SplineVariant):
 def whole_layer(module: Any, x: Tensor) -> Tensor | None:
     """The output of a layer of which base and adapter can be computed at once; None where that takes several calls.
 
-    That is a frozen `nn.Linear` with one active adapter, its spline on the output, and no dropout.
+    That is a frozen `nn.Linear` with one active adapter, its spline on the output.
     """
     names = module.active_adapters
     if not isinstance(module, Linear) or module.disable_adapters or module.merged or len(names) != 1:
@@ -59,12 +59,11 @@ def whole_layer(module: Any, x: Tensor) -> Tensor | None:
     (name,), base = names, module.base_layer
     if type(module.lora_variant.get(name)) is not OutputVariant or not _is_plain(base, nn.Linear):
         return None
-    spline, dropout = module.lora_spline[name], module.lora_dropout[name]
+    spline = module.lora_spline[name]
     a, b = _weight_alone(module.lora_A[name]), _weight_alone(module.lora_B[name])
-    drops = not _is_plain(dropout, nn.Identity) and (dropout.training or not _is_plain(dropout, nn.Dropout))
-    if a is None or b is None or drops or not _is_plain(spline, Spline):
+    if a is None or b is None or not _is_plain(spline, Spline):
         return None
-    return spline.adapted_linear(x, base, a, b, module.scaling[name])
+    return spline.adapted_linear(x, base, module.lora_dropout[name], a, b, module.scaling[name])
 
 
 class BottleneckVariant(SplineVariant):

@@ -168,16 +168,20 @@ class Spline(nn.Module):
             return None
         return update(result, h, weight, *self._tensors(), scaling=scaling, backend=backend, **self._settings())
 
-    def adapted_linear(self, x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, scaling: float) -> Tensor | None:
-        """`base(x) + self(scaling · b a x)` in one operation; None where it takes several now.
+    def adapted_linear(
+        self, x: Tensor, base: nn.Linear, dropout: nn.Module, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor | None:
+        """`base(x) + self(scaling · b a dropout(x))` in one operation; None where it takes several now.
 
         See `lslora.ops.linear.adapted_linear`.
         """
         self._check_engine()
         if self.interpolation_method != "piecewise" or self.waits or why_not(x, base.weight, base.bias, a, b):
             return None
+        dropped = dropout(x)
         tensors = x, base.weight, base.bias, a, b, *self._tensors()
-        return adapted_linear(*tensors, scaling=scaling, asked=True, **self._settings())
+        settings = {"scaling": scaling, "dropped": None if dropped is x else dropped, **self._settings()}
+        return adapted_linear(*tensors, asked=True, **settings)
 
     def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The offsets, of the knots and of the scales, as a forward pass uses them."""

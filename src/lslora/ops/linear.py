@@ -27,12 +27,14 @@ def adapted_linear(
     k_min: float,
     k_max: float,
     extrapolation: str = "clamp",
+    dropped: Tensor | None = None,
     asked: bool = False,
 ) -> Tensor:
     """`W0 x + b0 + σ · spline(s · B A x / σ)`: `lslora.ops.update.update` of a frozen linear layer's output.
 
     Instead of five operations one, on CPUs and in float32. No tensor of the output's size is made but the output, and
     the gradient of x is one product added to another; saved for the backward pass are x and h = A x.
+    A may be given something else than x, as with dropout.
 
     Args:
         x: (…, in).
@@ -41,6 +43,7 @@ def adapted_linear(
         a: A, (r, in).
         b: B, (out, r).
         offsets: As for `update`, like what follows.
+        dropped: (…, in), what A multiplies; None for x.
         asked: Whether `why_not` was asked before, and had no reason.
 
     Returns:
@@ -58,9 +61,13 @@ def adapted_linear(
             f"x, base_weight, a and b must have shapes (…, in), (out, in), (r, in) and (out, r), "
             f"got {tuple(x.shape)}, {tuple(base_weight.shape)}, {tuple(a.shape)} and {tuple(b.shape)}"
         )
+    if dropped is not None and (dropped.shape != x.shape or dropped.dtype != x.dtype):
+        raise ValueError(
+            f"dropped must be as x, {tuple(x.shape)} {x.dtype}, got {tuple(dropped.shape)} {dropped.dtype}"
+        )
     parameters = spline.checked_parameters(offsets, input_scale_offset, output_scale_offset, torch.float32)
     settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
-    arguments = x, base_weight, base_bias, a, b, *parameters, stretch, settings
+    arguments = x, dropped, base_weight, base_bias, a, b, *parameters, stretch, settings
     return _AdaptedLinear.apply(*arguments) if torch.is_grad_enabled() else _forward(arguments)[0]
 
 
@@ -78,33 +85,38 @@ def why_not(x: Tensor, base_weight: Tensor, base_bias: Tensor | None, a: Tensor,
 
 def _forward(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """The output and h, from the arguments of `_AdaptedLinear`."""
-    x, base_weight, base_bias, a, b, offsets, scale_in, scale_out, stretch, (scaling, grid) = arguments
-    y, h = linear(x, base_weight, base_bias), linear(x, a)
+    x, dropped, base_weight, base_bias, a, b, offsets, scale_in, scale_out, stretch, (scaling, grid) = arguments
+    y, h = linear(x, base_weight, base_bias), linear(x if dropped is None else dropped, a)
     return cpu_update.forward(y, h, b, offsets, scale_in, scale_out, stretch, scaling, grid, out=y), h
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """The layer with its gradients written out. Of tensors that are not parameters it saves x and h."""
+    """The layer with its gradients written out. Saves h and what A multiplies."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, base_weight, _, a, *rest, ctx.settings = arguments
+        x, dropped, base_weight, _, a, *rest, ctx.settings = arguments
         y, h = _forward(arguments)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, base_weight, a, h, *rest)
+        ctx.is_dropped = dropped is not None
+        multiplied = dropped if ctx.is_dropped else x
+        ctx.save_for_backward(multiplied if ctx.needs_input_grad[4] else None, base_weight, a, h, *rest)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, base_weight, a, h, *rest = ctx.saved_tensors
-        wants_x, _, _, wants_a, wants_b, *wants = ctx.needs_input_grad
+        multiplied, base_weight, a, h, *rest = ctx.saved_tensors
+        wants_x, wants_dropped, _, _, wants_a, wants_b, *wants = ctx.needs_input_grad
         grad_h, grad_b, *found = cpu_update.backward(grad_output, h, *rest, *ctx.settings)
         rows = grad_h.view(-1, len(a))
-        grad_x = grad_a = None
+        grad_x = grad_dropped = grad_a = None
         if wants_x:
             grad_x = grad_output @ base_weight
-            grad_x.view(-1, a.shape[1]).addmm_(rows, a)
+            if not ctx.is_dropped:
+                grad_x.view(-1, a.shape[1]).addmm_(rows, a)
+        if wants_dropped:
+            grad_dropped = grad_h @ a
         if wants_a:
-            grad_a = rows.T @ x.reshape(-1, a.shape[1])
+            grad_a = rows.T @ multiplied.reshape(-1, a.shape[1])
         gradients = (gradient if needed else None for gradient, needed in zip(found, wants, strict=False))
-        return grad_x, None, None, grad_a, grad_b if wants_b else None, *gradients, None, None
+        return grad_x, grad_dropped, None, None, grad_a, grad_b if wants_b else None, *gradients, None, None

@@ -205,6 +205,7 @@ def plot_differences(cells: dict[tuple[int, str], Cell], metrics: list[str], bas
         axis.set_yticks(range(len(labels)), labels, fontsize=8)
         axis.set_ylim(-0.5, max(rows, 1) - 0.5)
         axis.set_xlabel(f"{metric} minus {baseline}'s, odd rows", fontsize=9)
+        axis.locator_params(axis="x", nbins=6)
     figure.savefig(path, dpi=130)
 
 

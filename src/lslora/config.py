@@ -104,10 +104,10 @@ class LSLoraConfig(LoraConfig):
     def recommended(cls, **overrides: Any) -> LSLoraConfig:
         """The settings that did best on validation rows of math problems, with `overrides` on top.
 
-        benchmarks/LOG.md says how they were found, and that at r = 16 they lost accuracy on ARC-Easy. They go with a learning rate of the splines of about 20 times that
-        of A and B (`lslora.training.separate_spline_group`), with `calibration_steps` at a third of the run's steps:
-        set it; and, since `use_rslora` makes the update larger, with a lower learning rate than LoRA's (at r = 16 a
-        third of it).
+        benchmarks/LOG.md says how they were found, and that at r = 16 they lost accuracy on ARC-Easy. They go with a
+        learning rate of the splines of about 20 times that of A and B (`lslora.training.separate_spline_group`), with
+        `calibration_steps` at a third of the run's steps: set it; and, since `use_rslora` makes the update larger,
+        with a lower learning rate than LoRA's (at r = 16 a third of it).
         """
         settings: dict[str, Any] = {**RECOMMENDED, **overrides}
         settings.setdefault("lora_alpha", 10 * settings.get("r", LoraConfig().r))

@@ -55,11 +55,16 @@ def main(argv: list[str] | None = None) -> int:
         for provider in args.providers
     }
     seconds = timing.interleaved(steps, args.rounds, args.device)
-    setting = {"model": args.model, "shape": (args.rows, args.tokens), "tokens": args.rows * args.tokens}
+    setting = {
+        "model": args.model,
+        "shape": (args.rows, args.tokens),
+        "tokens": args.rows * args.tokens,
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "lora_dropout": args.lora_dropout,
+    }
     results = [
         setting
         | {"provider": name}
-        | {key: getattr(args, key) for key in ("gradient_checkpointing", "lora_dropout")}
         | timing.summary(seconds[name])
         | {"peak_bytes": timing.peak_bytes(step, args.device)}
         for name, step in steps.items()

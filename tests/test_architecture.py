@@ -15,7 +15,8 @@ ALLOWED = {
     "model": {"config", "config_file", "layer"},
     "layer": {"config", "placement"},
     "placement": {"config", "spline"},
-    "spline": {"calibration", "config", "penalty", "ops.linear", "ops.spline", "ops.update"},
+    "fp32": set(),
+    "spline": {"calibration", "config", "fp32", "penalty", "ops.linear", "ops.spline", "ops.update"},
     "calibration": {"spline"},  # its splines, for type checkers only
     "penalty": {"spline"},  # its splines; imported when asked, since every spline registers there
     "ops.__init__": set(),

@@ -184,7 +184,7 @@ def test_a_knot_that_no_element_reaches_gets_an_exactly_zero_gradient(backend):
     assert (gradient[[0, 4]] == 0).all() and (gradient[1:4] != 0).all()
 
 
-def test_tensorsstay_as_they_are_and_need_not_be_contiguous(backend):
+def test_operands_stay_as_they_are_and_need_not_be_contiguous(backend):
     given = [operand.float() for operand in operands((4, 6), 5)]
     strided = [torch.stack([operand, operand], dim=-1)[..., 0] for operand in given]
     assert not strided[0].is_contiguous() and not strided[1].is_contiguous() and not strided[3].is_contiguous()

@@ -1,9 +1,8 @@
-"""The spline's module: its parameters, how they are stored, and what keeps them in fp32."""
+"""The spline's module: its parameters, how they are stored, and by which operation it is computed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,12 +11,13 @@ from torch.distributed.tensor import DTensor
 
 from . import calibration, penalty
 from .config import LSLoraConfig
+from .fp32 import KeepsFp32
 from .ops.linear import adapted_linear, why_not
 from .ops.spline import spline
 from .ops.update import backend_for, update
 
 
-class Spline(nn.Module):
+class Spline(KeepsFp32):
     """`output_scale · φ(input_scale · clamp(z, k_min, k_max))`, elementwise, φ learnable, at first `φ(t) = t`.
 
     Stored and trained are the deviations from the identity: zeros at the start, in fp32 always.
@@ -231,33 +231,10 @@ class Spline(nn.Module):
             f"interpolation_method={self.interpolation_method!r}, extrapolation={self.extrapolation!r}"
         )
 
-    # The offsets are too small for half precision (FIXES_APPLIED.md, 9), yet everyone casts adapters: peft to the base
-    # layer's dtype, users with `model.half()`, TRL by assigning to `.data` before training. The three methods below
-    # keep fp32.
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Spline:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_dtype, recurse)
-        return self
-
-    def train(self, mode: bool = True) -> Spline:
-        if mode:
-            self._restore_fp32()
-        return super().train(mode)
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._restore_fp32()
         self._calibrated = False
         super()._load_from_state_dict(*args, **kwargs)
         self._track()  # what was loaded may not be calibrated yet
-
-    def _restore_fp32(self) -> None:
-        for parameter in self.parameters(recurse=False):
-            if parameter.dtype != torch.float32:
-                parameter.data = parameter.data.float()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -301,6 +301,16 @@ def test_the_spline_stays_in_fp32_whatever_is_cast(dtype):
     assert {p.dtype for p in spline.parameters()} == {torch.float32}
 
 
+def test_what_is_loaded_into_a_spline_that_was_cast_is_not_rounded():
+    spline, kept = Spline(LSLoraConfig()), Spline(LSLoraConfig())
+    kept.values = kept.grid + 1e-4 / 3
+    for parameter in spline.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    spline.load_state_dict(kept.state_dict())
+    assert spline.weight.dtype == torch.float32
+    assert torch.equal(spline.weight, kept.weight)
+
+
 def test_autocast_returns_the_dtype_of_the_base():
     model = adapted(LSLoraConfig)
     with torch.autocast("cpu", dtype=torch.bfloat16):

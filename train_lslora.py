@@ -64,12 +64,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--r", type=int, default=16, help="rank")
     group.add_argument("--lora_alpha", type=int, default=32)
     group.add_argument("--lora_dropout", type=float, default=0.05)
-    group.add_argument(
-        "--use_rslora",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="divide lora_alpha by the root of r instead of r",
-    )
+    group.add_argument("--use_rslora", action="store_true", help="divide lora_alpha by the root of r instead of r")
     group.add_argument("--target_modules", nargs="+", default=["all-linear"])
 
     group = parser.add_argument_group("spline (--method lslora)")

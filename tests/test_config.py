@@ -32,7 +32,7 @@ def test_recommended_settings_keep_what_is_asked_for():
     assert (config.r, config.lora_alpha, config.num_knots, config.target_modules) == (4, 40, 5, {"q_proj"})
     assert LSLoraConfig.recommended(r=4, lora_alpha=8).lora_alpha == 8
     assert LSLoraConfig.recommended().calibration_steps > 0
-    assert LSLoraConfig.recommended().use_rslora and not LSLoraConfig.recommended(use_rslora=False).use_rslora
+    assert LSLoraConfig.recommended(use_rslora=True).use_rslora and not LSLoraConfig.recommended().use_rslora
     with pytest.raises(ValueError, match="num_knots must be at least 2, got 1"):
         LSLoraConfig.recommended(num_knots=1)
 

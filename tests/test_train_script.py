@@ -122,8 +122,8 @@ def test_rslora_is_for_both_methods(method):
         train_lslora.adapter_config(train_lslora.parse_args(a)).use_rslora for a in (given, [*given, "--use_rslora"])
     ]
     assert found == [False, True]
-    recommended = train_lslora.parse_args([*given, "--recommended", "--no-use_rslora"])
-    assert not train_lslora.adapter_config(recommended).use_rslora
+    recommended = train_lslora.parse_args([*given, "--recommended", "--use_rslora"])
+    assert train_lslora.adapter_config(recommended).use_rslora
 
 
 def test_plain_lora_with_everything_else_equal(tiny, tmp_path):

@@ -31,7 +31,6 @@ LEAST_SPACING = 1e-30
 FP32_STEPS = 2**-20  # of a position: nearer knots are too near for fp32, whose numbers are 2**-23 apart
 
 RECOMMENDED = {
-    "use_rslora": True,
     "num_knots": 9,
     "calibration_steps": 100,
     "extrapolation": "linear",
@@ -102,12 +101,11 @@ class LSLoraConfig(LoraConfig):
 
     @classmethod
     def recommended(cls, **overrides: Any) -> LSLoraConfig:
-        """The settings that did best on validation rows of math problems, with `overrides` on top.
+        """The settings that did best on validation rows, with `overrides` on top.
 
-        benchmarks/LOG.md says how they were found, and that at r = 16 they lost accuracy on ARC-Easy. They go with a
-        learning rate of the splines of about 20 times that of A and B (`lslora.training.separate_spline_group`), with
-        `calibration_steps` at a third of the run's steps: set it; and, since `use_rslora` makes the update larger,
-        with a lower learning rate than LoRA's (at r = 16 a third of it).
+        benchmarks/LOG.md says how they were found, and README.md what they gain over LoRA. They go with a learning
+        rate of the splines of about 20 times that of A and B (`lslora.training.separate_spline_group`), and with
+        `calibration_steps` at a third of the run's steps: set it.
         """
         settings: dict[str, Any] = {**RECOMMENDED, **overrides}
         settings.setdefault("lora_alpha", 10 * settings.get("r", LoraConfig().r))

@@ -1,9 +1,9 @@
 """Methods to compare, by name and options: each makes an adapter on a model, and says what of it learns.
 
-`lora`, `dora`, `rslora` are peft's own. `lslora` takes the options of `LSLoraConfig`, `form` those of
-`benchmarks.forms.attach_forms`. Some controls are LS-LoRA with most of it frozen: `learns` names what of the spline is
-trained (`weight`, `input_scale_offset`, `output_scale_offset`); `defects` are those of `benchmarks.original`;
-`constraint` ties neighbouring or opposite knots together.
+`none` is the model as it is, never trained. `lora`, `dora`, `rslora` are peft's own. `lslora` takes the options of
+`LSLoraConfig`, `form` those of `benchmarks.forms.attach_forms`. Some controls are LS-LoRA with most of it frozen:
+`learns` names what of the spline is trained (`weight`, `input_scale_offset`, `output_scale_offset`); `defects` are
+those of `benchmarks.original`; `constraint` ties neighbouring or opposite knots together.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
         "task_type": "CAUSAL_LM",
     }
     kind = method["kind"]
+    if kind == "none":
+        return model
     if kind in PLAIN:
         if options:
             raise ValueError(f"{kind} takes no options, got {sorted(options)}")
@@ -66,7 +68,7 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
         attach_forms(peft_model, **options, learns=method.get("learns", ()))
         return peft_model
     if kind != "lslora":
-        raise ValueError(f"kind must be one of {(*PLAIN, 'lslora')}, got {kind!r}")
+        raise ValueError(f"kind must be one of {('none', *PLAIN, 'lslora')}, got {kind!r}")
     peft_model = get_peft_model(model, LSLoraConfig(**shared, **options))
     break_splines(peft_model, **method.get("defects", {}))
     for spline in splines_of(peft_model):

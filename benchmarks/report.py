@@ -24,7 +24,13 @@ Record = dict[str, Any]
 Cell = dict[float, dict[int, Record]]  # learning rate → seed → record
 
 EVEN, ODD = 0, 1
-METRICS = {"nll": "nats per completion token, less is better", "accuracy": "per cent right, more is better"}
+NLL, ACCURACY = "nats per completion token, less is better", "per cent right, more is better"
+METRICS = {  # name → part of a record, its field, unit
+    "nll": ("validation", "nll", NLL),
+    "accuracy": ("validation", "accuracy", ACCURACY),
+    "retained nll": ("retained", "nll", NLL),
+    "retained accuracy": ("retained", "accuracy", ACCURACY),
+}
 SMOOTHING = 8
 LIVE = 0.8  # a layer is live if this share of its intervals holds 1 % of the elements of z
 
@@ -56,7 +62,7 @@ def report(records: list[Record], baseline: str = "lora") -> None:
 
 
 def draw(records: list[Record], folder: Path) -> None:
-    """Save `learning_rates.png`, `differences.png`, `learning_curves.png` and the `splines_*.png`."""
+    """Save `learning_rates.png`, `differences.png`, `learning_curves.png` and the `splines_*.png`; `retained.png`."""
     cells = group(records)
     for (r, name), cell in cells.items():
         record = next(iter(cell[best_rate(cell)].values()))
@@ -65,11 +71,16 @@ def draw(records: list[Record], folder: Path) -> None:
     plot_rates(cells, folder / "learning_rates.png")
     plot_differences(cells, metrics_of(records), "lora", folder / "differences.png")
     plot_curves(cells, folder / "learning_curves.png")
+    if "retained nll" in metrics_of(records):
+        plot_retained(cells, folder / "retained.png")
 
 
 def metrics_of(records: list[Record]) -> list[str]:
     """Those that every run has that did not diverge."""
-    return [m for m in METRICS if all(m in record.get("validation", {m: 0}) for record in records)]
+    finite = [record for record in records if not record["diverged"]]
+    return [
+        metric for metric, (part, name, _) in METRICS.items() if all(name in record.get(part, ()) for record in finite)
+    ]
 
 
 def group(records: list[Record]) -> dict[tuple[int, str], Cell]:
@@ -82,11 +93,12 @@ def group(records: list[Record]) -> dict[tuple[int, str], Cell]:
 
 
 def score(record: Record, metric: str, rows: int) -> float:
-    """The metric over every second validation row, starting at row `rows`; not finite where the run diverged."""
+    """The metric over every second row measured, starting at row `rows`; the worst there is where the run diverged."""
+    part, name, _ = METRICS[metric]
     if record["diverged"]:
-        return math.inf if metric == "nll" else 0.0
-    found = record["validation"]
-    if metric == "accuracy":
+        return math.inf if name == "nll" else 0.0
+    found = record[part]
+    if name == "accuracy":
         return 100 * fmean(found["row_correct"][rows::2])
     return sum(found["row_nll"][rows::2]) / sum(found["row_tokens"][rows::2])
 
@@ -128,7 +140,7 @@ def difference(cell: Cell, baseline: Cell, metric: str) -> Difference | None:
 def rate_table(cells: dict[tuple[int, str], Cell], metric: str) -> Table:
     """Means at every learning rate over the seeds that a method has at all of them."""
     rates = sorted({rate for cell in cells.values() for rate in cell})
-    table = Table(title=f"{metric} on the even rows, seeds that all rates of a method have, {METRICS[metric]}")
+    table = Table(title=f"{metric} on the even rows, seeds that all rates of a method have, {METRICS[metric][2]}")
     for heading in ("r", "method", *(f"lr {rate:g}" for rate in rates), "best lr", "bracketed"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for (r, name), cell in sorted(cells.items()):
@@ -223,4 +235,23 @@ def plot_curves(cells: dict[tuple[int, str], Cell], path: Path) -> None:
         axis.set(xlabel="step", title=f"r = {r}", yscale="log")
         axis.legend(fontsize=7)
     figure.supylabel(f"training loss, mean of {SMOOTHING} steps", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def plot_retained(cells: dict[tuple[int, str], Cell], path: Path) -> None:
+    """What is left of what the model knew against what it learned, a point for each rate over common seeds."""
+    ranks = sorted({r for r, _ in cells})
+    figure = Figure(figsize=(1 + 5 * len(ranks), 4.5), layout="constrained")
+    for axis, r in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks, strict=True):
+        for (rank, name), cell in sorted(cells.items()):
+            if rank != r:
+                continue
+            common = {lr: seeds for lr, seeds in common_seeds(cell).items() if seeds}
+            points = [[mean_score(x, metric, ODD) for x in common.values()] for metric in ("nll", "retained nll")]
+            axis.plot(*points, marker="o", markersize=3, linewidth=1, label=name)
+            for lr, *point in zip(common, *points, strict=True):
+                axis.annotate(f" {lr:g}", point, fontsize=6)
+        axis.set(xlabel="nll, odd rows", title=f"r = {r}")
+        axis.legend(fontsize=7)
+    figure.supylabel("retained nll, odd rows", fontsize=9)
     figure.savefig(path, dpi=130)

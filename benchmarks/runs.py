@@ -46,6 +46,8 @@ class Setting:
         warmup_steps: Steps over which the learning rate rises; it falls linearly to 0 afterwards.
         max_grad_norm: Gradients are clipped to this norm.
         cloze: Questions are asked without their numbered answers and answered with the text of one.
+        retained: Rows of another kind, asked as with `cloze`, which show what training leaves of what the model knew.
+        retained_rows: At most so many, spread evenly over the file.
     """
 
     model: str
@@ -60,6 +62,8 @@ class Setting:
     warmup_steps: int = 4
     max_grad_norm: float = 1.0
     cloze: bool = False
+    retained: str | None = None
+    retained_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,13 +91,18 @@ class Bench:
         self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
-        rows = partial(load_examples, tokenizer=tokenizer, max_tokens=setting.max_tokens, cloze=setting.cloze)
-        self.train = rows(data / setting.train, max_rows=setting.train_rows)
-        self.validation = rows(data / setting.validation, max_rows=setting.validation_rows)
+        rows = partial(load_examples, tokenizer=tokenizer, max_tokens=setting.max_tokens)
+        self.train = rows(data / setting.train, max_rows=setting.train_rows, cloze=setting.cloze)
+        self.measured = {
+            "validation": rows(data / setting.validation, max_rows=setting.validation_rows, cloze=setting.cloze)
+        }
+        if setting.retained:
+            self.measured["retained"] = rows(data / setting.retained, max_rows=setting.retained_rows, cloze=True)
         if setting.first_layer:
             prefix = Prefix(self.model, setting.first_layer, Path(setting.model).name)
             prefix.attach_states(self.train)
-            prefix.attach_states([candidate for row in self.validation for candidate in candidates(row)])
+            for examples in self.measured.values():
+                prefix.attach_states([candidate for row in examples for candidate in candidates(row)])
         self.model.to(self.device)
 
     def measure(self, run: Run) -> dict[str, Any]:
@@ -101,7 +110,7 @@ class Bench:
         set_seed(run.seed)
         model = attach(deepcopy(self.model), run.method, run.r)
         started = time.monotonic()
-        losses = train(model, run, self.setting, self.train)
+        losses = train(model, run, self.setting, self.train) if run.method["kind"] != "none" else []
         seconds = time.monotonic() - started
         record = {
             "run": {"name": run.name, "method": run.method, "r": run.r, "lr": run.lr, "seed": run.seed},
@@ -117,7 +126,9 @@ class Bench:
         }
         if not record["diverged"]:
             with observe_occupancy(model) as occupancy:
-                record["validation"] = evaluate(model, self.validation)
+                record["validation"] = evaluate(model, self.measured["validation"])
+            if "retained" in self.measured:
+                record["retained"] = evaluate(model, self.measured["retained"])
             if run.method["kind"] == "lslora":
                 record["splines"] = spline_records(model, occupancy=occupancy)
         return record

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import quality, report
-from benchmarks.runs import Run
+from benchmarks.runs import Bench, Run, Setting
 from benchmarks.tasks import (
     IGNORED,
     Prefix,
@@ -325,6 +325,22 @@ def test_a_report_is_printed_and_drawn(tmp_path, capsys):
     assert "nll on the odd rows" in shown and "1.4050" in shown
     for name in ("learning_rates", "differences", "learning_curves"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "retained.png").exists()
+
+
+def test_what_is_retained_is_reported_beside_what_is_learned(tmp_path, capsys):
+    records = [record(n, lr, s, 0.4 + 0.01 * s) for n in ("lora", "o") for lr in (1e-3, 2e-3) for s in (0, 1)]
+    for i, found in enumerate(records):
+        found["retained"] = {"nll": 2.0, "row_nll": [9.0, 2.0 + i / 100], "row_tokens": [1, 1]}
+    records.append(record("lora", 4e-3, 0, math.nan))  # diverged, and has neither
+    assert report.metrics_of(records) == ["nll", "retained nll"]
+    assert report.score(records[3], "retained nll", report.ODD) == pytest.approx(2.03)
+    assert report.score(records[-1], "retained nll", report.ODD) == math.inf
+    report.report(records)
+    report.draw(records, tmp_path)
+    assert (tmp_path / "retained.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "retained nll on the odd rows" in shown and "+0.0400" in shown  # runs 4 and 5 against 0 and 1
 
 
 def test_any_method_can_be_the_baseline(capsys):
@@ -388,6 +404,35 @@ def trained(model):
 def test_methods_train_what_they_say(method, added_per_layer):
     plain = trained(adapted_by({"kind": "lora"}))
     assert trained(adapted_by(method)) == plain + 28 * added_per_layer  # 4 blocks of 7 linear layers
+
+
+def test_the_model_as_it_is_has_no_adapter():
+    model = adapted_by({"kind": "none"})
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+
+
+def test_a_run_trains_and_measures_what_it_names(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("LSLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").symlink_to(tiny)
+    question = {
+        "instruction": "Please choose the correct answer to the question: is rose red?\n\n"
+        "Answer1: true Answer2: false\n\nAnswer format: answer1/answer2",
+        "input": "",
+        "output": "the correct answer is answer1",
+        "answer": "answer1",
+    }
+    (tmp_path / "retained.jsonl").write_text("\n".join([json.dumps(question)] * 3))
+    setting = Setting("data/model", "data/train.jsonl", "data/train.jsonl", first_layer=1, steps=3, batch_size=2,
+                      retained="retained.jsonl", retained_rows=2)  # fmt: skip
+    bench = Bench(setting, tmp_path)
+    before = bench.measure(Run("none", {"kind": "none"}, 2, 0.0, 0))
+    after = bench.measure(Run("out", {"kind": "lslora", "spline_lr_ratio": 2.0}, 2, 1e-2, 0))
+    assert before["losses"] == [] and len(after["losses"]) == 3
+    for part, rows in (("validation", 24), ("retained", 2)):
+        assert len(before[part]["row_nll"]) == len(after[part]["row_nll"]) == rows
+        assert before[part]["nll"] != after[part]["nll"]
+    assert before["validation"]["nll"] == pytest.approx(evaluate(bench.model, bench.measured["validation"])["nll"])
+    assert len(after["splines"]) == 7 and "splines" not in before
 
 
 def test_extra_rank_keeps_the_scaling_of_alpha_over_r():

@@ -14,13 +14,12 @@ import fcntl
 import json
 import os
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import tomllib
 
 from .runs import Bench, Run, Setting
 

@@ -43,11 +43,11 @@ def base() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, initializer_range=0.2, **SIZES))
 
 
-def fresh() -> Any:
+def fresh(placement: str = "output") -> Any:
     model = base()
     torch.manual_seed(1)
     settings = {"r": 2, "target_modules": "all-linear", "init_lora_weights": "orthogonal", "spline_reg_weight": 1.0}
-    return get_peft_model(model, LSLoraConfig(**settings, calibration_steps=2))
+    return get_peft_model(model, LSLoraConfig(**settings, placement=placement, calibration_steps=2))
 
 
 def sharded_by_fsdp2(model: nn.Module) -> nn.Module:
@@ -109,9 +109,9 @@ class DeepSpeedLoop(Loop):
         count_step(splines_of(self.model))
 
 
-def loop(engine: str) -> Loop:
+def loop(engine: str, placement: str) -> Loop:
     """A fresh model and its optimizer, wrapped; `alone` is one process without a wrapper."""
-    model = fresh()
+    model = fresh(placement)
     if engine in WRAP:
         model = WRAP[engine](model)
     optimizer = make_optimizer(model)
@@ -142,17 +142,17 @@ def train(loop: Loop, steps: range) -> list[float]:
     return losses
 
 
-def work(engine: str, folder: Path) -> None:
+def work(engine: str, folder: Path, placement: str) -> None:
     """One process: train, save the adapter, note the losses and the splines' state."""
     if engine != "alone":
         distributed.init_process_group("gloo")
-    found = loop(engine)
+    found = loop(engine, placement)
     losses = train(found, range(STEPS))
     metrics = spline_metrics(found.model)
     tensors = whole_state(found.model, engine)
     if engine == "alone" or distributed.get_rank() == 0:
         # Through a model that was never wrapped: peft finds no adapter in one that FSDP 1 wrapped layer by layer.
-        fresh().save_pretrained(folder, state_dict=tensors)
+        fresh(placement).save_pretrained(folder, state_dict=tensors)
         record = {"losses": losses, "metrics": metrics}
         (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
     if engine != "alone":
@@ -180,11 +180,11 @@ def go_on(folder: Path) -> list[float]:
     return train(Loop(model, make_optimizer(model)), range(STEPS, STEPS + 2))
 
 
-def run(engine: str, folder: Path) -> dict[str, Any]:
+def run(engine: str, folder: Path, placement: str = "output") -> dict[str, Any]:
     """Train with `engine`, on two processes unless alone, in processes of their own; the record, with `go_on`."""
     folder.mkdir(parents=True, exist_ok=True)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if engine != "alone" else []
-    command = [sys.executable, *launch, __file__, "--worker", engine, str(folder)]
+    command = [sys.executable, *launch, __file__, "--worker", engine, str(folder), placement]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{engine} failed:\n{done.stderr[-4000:]}")
@@ -204,6 +204,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], Path(sys.argv[3]))
+        work(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
     else:
         main()

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -256,6 +257,96 @@ def test_evaluation_measures_nothing():
     model.train()
     train(model, batches())
     assert all(spline.grid_scale.item() < 10 for spline in splines(model))
+
+
+@pytest.mark.parametrize("shape", [(16384, 16), (4, 4096, 64), (3, 5, 70000)])
+def test_every_feature_is_counted_however_many_tokens_there_are(shape):
+    spline = Spline(LSLoraConfig(calibration_steps=1))
+    z = torch.ones(shape)
+    z[..., ::4] = 0.01
+    spline.weight.requires_grad_()
+    calibration.observe(spline, z)
+    counts = calibration._waiting[spline].counts
+    assert (counts > 0).sum() == 2
+    assert counts[counts > 0].float()[0] / counts.sum() == pytest.approx(0.25, abs=0.01)
+
+
+def test_an_adapter_that_is_not_active_does_not_wait():
+    model = made()
+    model.add_adapter("other", model.peft_config["default"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(x, y):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for x, y in batches(STEPS - 1):
+        step(x, y)
+    ours, other = ([s for name, s in model.named_modules() if name.endswith(f"lora_spline.{a}")] for a in
+                   ("default", "other"))  # fmt: skip
+    assert [s.steps_waited for s in ours + other] == [STEPS - 1] * 2 + [0] * 2
+    model.set_adapter("other")
+    for x, y in batches(STEPS):
+        step(x, y)
+    assert not any(s.is_calibrated for s in ours) and all(s.is_calibrated for s in other)
+
+
+def test_waiting_splines_without_tensors_disturb_no_other_optimizer():
+    empty = made().to("meta")
+    layer = nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    torch.optim.SGD(empty.parameters(), lr=0.1).step()
+    assert not any(spline.is_calibrated for spline in splines(empty))
+
+
+def test_a_step_that_a_fused_optimizer_passes_over_does_not_count():
+    model = made()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for x, y in batches(2):
+        scaler.scale((model(x) - y).square().mean()).backward()
+        splines(model)[0].weight.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert [spline.steps_waited for spline in splines(model)] == [0, 0]
+
+
+@pytest.mark.parametrize("placement", ["output", "bottleneck", "weight"])
+@pytest.mark.parametrize("other", [{}, {"target_modules": ["0"]}])
+def test_a_hot_swap_from_a_grid_that_is_known_to_one_that_is_not(placement, other, tmp_path):
+    model = made(placement=placement)
+    train(model, batches())
+    settings = {"placement": placement, "calibration_steps": STEPS, "extrapolation": "linear"} | other
+    torch.manual_seed(3)
+    net = copy.deepcopy(model.get_base_model())
+    base = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    base.load_state_dict({k.replace("base_layer.", ""): v for k, v in net.state_dict().items() if "lora" not in k})
+    config = LSLoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **{"target_modules": ["0", "2"]} | settings)
+    swapped_in = get_peft_model(base, config)
+    swapped_in.save_pretrained(tmp_path)
+    hotswap_adapter(model, str(tmp_path), adapter_name="default")
+    x = batches(1)[0][0]
+    torch.testing.assert_close(model.eval()(x), swapped_in.eval()(x))
+
+
+def test_copies_of_data_parallel_cannot_measure_a_grid():
+    spline = splines(made())[0]
+    copied = spline._replicate_for_data_parallel()
+    for name, parameter in spline.named_parameters():  # as torch's `replicate` goes on, on another GPU
+        setattr(copied, name, parameter.detach().clone())
+    with pytest.raises(ValueError, match="DataParallel .* one process for each GPU"):
+        copied(torch.ones(2, 3))
+
+
+def test_a_copy_of_parameters_alone_is_told_what_to_do():
+    spline = splines(made())[0]
+    with torch.no_grad():
+        spline.weight += 1
+    with pytest.raises(ValueError, match="must copy its state dict.*SplineTrainerMixin"):
+        spline(torch.ones(2, 3))
 
 
 def test_wrong_calibrations_raise():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lslora import LSLoraConfig
 from lslora.callback import COURSE, DIAGNOSTICS, SplineCallback, load_course
@@ -135,6 +135,22 @@ def test_trackio_holds_numbers_and_pictures(tmp_path):
     for name in PICTURES:
         path = tmp_path / "media" / pictures[name]["file_path"]
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+class StopAt(TrainerCallback):
+    """Stops when SplineCallback has seen the step, as early stopping does in an evaluation."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 2
+
+
+def test_a_training_that_an_evaluation_stops_has_its_records_too(tmp_path):
+    trainer = make_trainer(tmp_path, steps=5)
+    trainer.add_callback(StopAt())
+    trainer.train()
+    assert trainer.state.global_step == 2
+    now = [record["deviation"] for record in trained_records(trainer.model)]
+    assert [record["deviation"] for record in load_records(tmp_path / DIAGNOSTICS)] == pytest.approx(now)
 
 
 def test_models_without_splines_are_refused(tmp_path):

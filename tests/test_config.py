@@ -44,6 +44,8 @@ def test_recommended_settings_keep_what_is_asked_for():
         ({"num_knots": 5.0}, TypeError, "num_knots must be an int, got 5.0"),
         ({"num_knots": True}, TypeError, "num_knots must be an int, got True"),
         ({"k_min": 3.0}, ValueError, "k_min must be smaller than k_max, got k_min=3.0 and k_max=3.0"),
+        ({"k_min": 0.5}, ValueError, "0 must lie within k_min and k_max, .* got 0.5 and 3.0"),
+        ({"k_max": -0.5}, ValueError, "0 must lie within k_min and k_max, .* got -3.0 and -0.5"),
         ({"k_min": float("nan")}, ValueError, "k_min must be finite, got nan"),
         ({"k_max": float("inf")}, ValueError, "k_max must be finite, got inf"),
         ({"k_max": "3"}, TypeError, "k_max must be a number, got '3'"),

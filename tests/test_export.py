@@ -158,6 +158,18 @@ assert "lslora" not in sys.modules
     assert not [key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if "spline" in key]
 
 
+def test_tied_embeddings_are_exported(tmp_path):
+    def tied():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=40, tie_word_embeddings=True, **sizes)).eval()
+
+    model = adapted(tied(), target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    plain, errors = exported(model, tmp_path, base=tied())
+    assert max(errors.values()) < 1e-5
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-4)
+
+
 def test_an_error_above_the_tolerance_is_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"within 0\.01 of the trained ones, relative; that of base_model.* is 0\.\d+ away"

@@ -132,5 +132,5 @@ def test_a_run_that_breaks_says_so_and_keeps_its_checkpoints(tmp_path, capsys):
     arguments += ["--output_dir", tmp_path / "out", "--max_steps", 30, "--save_steps", 1, "--learning_rate", 1e30]
     assert train_lslora.main([str(argument) for argument in arguments]) == 1
     told = capsys.readouterr().err
-    assert "error: " in told and "not finite" in told and "Go on from the last checkpoint" in told
+    assert "error: " in told and "not finite" in told and "Start anew with a smaller learning rate" in told
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()

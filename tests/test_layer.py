@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lslora import LSLoraConfig, LSLoraLayer, Spline
@@ -65,7 +66,7 @@ def splines(model):
 )
 @settings(deadline=None)
 def test_a_spline_starts_as_the_identity_whatever_the_shape_and_the_range(shape, ends, num_knots, options):
-    k_min, k_max = ends
+    k_min, k_max = (-abs(ends[0]), abs(ends[1])) if options["extrapolation"] == "clamp" else ends
     try:
         config = LSLoraConfig(num_knots=num_knots, k_min=k_min, k_max=k_max, **options)
     except ValueError as error:
@@ -151,6 +152,15 @@ def test_properties_and_stored_parameters():
     assert spline.input_scale == 1.5
     with pytest.raises(ValueError, match=r"values must have shape \(7,\), got \(5,\)"):
         spline.values = torch.zeros(5)
+
+
+def test_properties_are_fp32_whatever_the_default_dtype():
+    spline = Spline(LSLoraConfig(learn_scales=False))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert {t.dtype for t in (spline.grid, spline.values, spline.input_scale)} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_fixed_scales_are_one_and_take_no_parameters(tmp_path):
@@ -342,3 +352,50 @@ def test_deepcopy_and_low_cpu_mem_usage(tmp_path):
     assert torch.equal(again(x), model(x))
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
+
+
+def test_a_saved_adapter_loads_whatever_its_layers_are_called(tmp_path):
+    """peft finds modules_to_save by their ending, and a base may have names that begin as LoRA's do."""
+
+    def base():
+        torch.manual_seed(0)
+        net = nn.Sequential()
+        net.add_module("lora_proj", nn.Linear(4, 4))
+        net.add_module("lm_head", nn.Linear(4, 3))
+        return net
+
+    config = LSLoraConfig(r=2, target_modules=["lora_proj"], modules_to_save=["head"], init_lora_weights=False)
+    model = get_peft_model(base(), config).eval()
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(5, 4)
+    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path).eval()(x), model(x))
+
+
+def test_experts_that_are_parameters_are_refused_and_not_left_out():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=32, num_local_experts=2, num_key_value_heads=2, **sizes)
+    targets = ["q_proj", "w1", "w2", "w3"]
+    plain = get_peft_model(MixtralForCausalLM(config), LoraConfig(target_modules=targets))
+    assert any("experts" in name and "lora_A" in name for name, _ in plain.named_parameters())
+    with pytest.raises(ValueError, match="'gate_up_proj'. are parameters of this model"):
+        get_peft_model(MixtralForCausalLM(config), LSLoraConfig(target_modules=targets))
+    get_peft_model(MixtralForCausalLM(config), LSLoraConfig(target_modules=["q_proj"]))
+
+
+def test_saving_as_lora_of_twice_the_rank_is_refused(tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LSLoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="has no splines: save without it"):
+        model.save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+
+
+def test_hooks_on_all_modules_see_every_module():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LSLoraConfig(r=2, target_modules=["0"]))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(type(module)))
+    try:
+        model(torch.ones(1, 4))
+    finally:
+        handle.remove()
+    assert seen.count(nn.Linear) == 3  # the base layer, A and B

@@ -295,6 +295,26 @@ def test_piecewise_stays_within_its_knot_heights(num_knots, k_min, width, seed, 
     assert y.min() >= values.min() - 1e-9 and y.max() <= values.max() + 1e-9
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_torch_is_no_matter(default):
+    """It is that of memory nobody named a type for, which compiled code would overrun or misread."""
+    z = torch.linspace(-4, 4, 5000)
+    offsets, input_scale, output_scale = parameters(33, torch.float32)
+
+    def found():
+        y = spline(z, offsets, input_scale, output_scale, k_min=-3, k_max=3)
+        return [y, *torch.autograd.grad(y.square().sum(), (offsets, input_scale, output_scale))]
+
+    expected = found()
+    torch.set_default_dtype(default)
+    try:
+        for _ in range(20):
+            for ours, theirs in zip(found(), expected, strict=True):
+                assert ours.dtype == torch.float32 and torch.equal(ours, theirs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_wrong_arguments_are_refused():
     z, offsets, one = torch.zeros(3), torch.zeros(5), torch.ones(1)
     with pytest.raises(TypeError, match="z must be a floating-point tensor, got torch.int64"):

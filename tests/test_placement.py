@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from torch import nn
 from torch.nn.functional import linear
@@ -133,6 +134,40 @@ def test_the_other_placements_refuse_to_merge_and_change_nothing(placement):
             merge()
     for name, layer in _layers(model):
         assert torch.equal(layer.base_layer.weight, base[name])
+
+
+def test_nothing_is_merged_where_one_layer_cannot_be():
+    """Two adapters on different layers, of which only the first layer's is linear in x."""
+    model = adapted(placement="weight", targets=("first",))
+    model.add_adapter("other", LSLoraConfig(r=2, target_modules=["gpt2"], init_lora_weights=False))
+    x = torch.randn(4, 6)
+    before = model.base_model.model.first.base_layer.weight.clone()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="cannot be merged"):
+            merge(adapter_names=["default", "other"])
+        assert torch.equal(model.base_model.model.first.base_layer.weight, before)
+    assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_parameters_may_exist_only_where_they_are_used(placement):
+    """accelerate keeps them elsewhere and brings them for the forward pass of their own module."""
+    net = nn.Sequential()
+    net.add_module("first", nn.Linear(6, 5))
+    model = adapted(net=net, targets=("first",), placement=placement).eval()
+    x = torch.randn(4, 6)
+    expected = model(x)
+    offloaded = cpu_offload(model, execution_device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(x), expected)
+
+
+@pytest.mark.parametrize("wrong", [nn.Conv1d(3, 3, 1), nn.MultiheadAttention(4, 2)])
+def test_what_cannot_be_adapted_is_refused_before_a_layer_is_touched(wrong):
+    net = nn.ModuleDict({"first": nn.Linear(3, 3), "wrong": wrong})
+    with pytest.raises(ValueError, match="does not support .*wrong"):
+        get_peft_model(net, LSLoraConfig(placement="weight", target_modules=["first", "wrong"]))
+    assert type(net["first"]) is nn.Linear
 
 
 def test_a_mergeable_adapter_merges_beside_one_that_is_not():

@@ -29,11 +29,11 @@ def test_registering_twice_changes_nothing():
 
 
 def test_added_member_behaves_like_a_defined_one():
-    class Defined(str, enum.Enum):
+    class Defined(str, enum.Enum):  # noqa: UP042  (as peft defines its own)
         A = "A"
         B = "B"
 
-    class Extended(str, enum.Enum):
+    class Extended(str, enum.Enum):  # noqa: UP042
         A = "A"
 
     add_enum_member(Extended, "B")

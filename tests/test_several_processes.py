@@ -28,6 +28,18 @@ def test_one_process_learns_and_calibrates(alone):
     assert alone["metrics"]["spline/deviation"] > 1e-4
 
 
+@pytest.fixture(scope="module")
+def alone_on_the_weight(script, tmp_path_factory):
+    return script.run("alone", tmp_path_factory.mktemp("weight"), "weight")
+
+
+@pytest.mark.parametrize("engine", ["fsdp1", "fsdp2", "zero3"])
+def test_sharded_parameters_are_whole_for_the_weight_placement_too(script, alone_on_the_weight, engine, tmp_path):
+    found = script.run(engine, tmp_path, "weight")
+    assert found["losses"] == pytest.approx(alone_on_the_weight["losses"], abs=1e-5)
+    assert found["metrics"] == pytest.approx(alone_on_the_weight["metrics"], rel=1e-4)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp1", "fsdp2", "zero2", "zero3"])
 def test_two_processes_do_what_one_does(script, alone, engine, tmp_path):
     found = script.run(engine, tmp_path)

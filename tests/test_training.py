@@ -8,6 +8,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.optimization import Adafactor
 from trl import SFTConfig, SFTTrainer
 
 from lslora import LSLoraConfig, Spline, spline_penalty
@@ -157,6 +158,62 @@ def test_penalty_does_not_colour_the_losses(tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("as_keyword", [True, False])
+def test_a_step_with_a_closure_takes_the_penalty_too(as_keyword):
+    moved = []
+    for closing in (False, True):
+        peft_model = model(offset=0.1, spline_reg_weight=0.7)
+        optimizer = torch.optim.SGD(peft_model.parameters(), lr=1.0)
+        x = torch.arange(6).view(1, 6)
+
+        def closure(peft_model=peft_model, optimizer=optimizer, x=x):
+            optimizer.zero_grad()
+            loss = peft_model(x, labels=x).loss
+            loss.backward()
+            return loss
+
+        if not closing:
+            closure()
+            optimizer.step()
+        else:
+            optimizer.step(closure=closure) if as_keyword else optimizer.step(closure)
+        moved.append([s.weight.detach() for s in splines(peft_model)])
+    for plain, closed in zip(*moved, strict=True):
+        assert torch.equal(plain, closed)
+
+
+def test_lbfgs_minimises_the_penalty():
+    peft_model = model(offset=0.1, spline_reg_weight=0.7)
+    weights = [s.weight for s in splines(peft_model)]
+    optimizer = torch.optim.LBFGS(weights, lr=1.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum(0.0 * weight.sum() for weight in weights)
+        loss.backward()
+        return loss + spline_penalty(peft_model).detach()
+
+    before = spline_penalty(peft_model).item()
+    for _ in range(5):
+        optimizer.step(closure)
+    assert spline_penalty(peft_model).item() < 1e-4 * before
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_scaling_leaves_the_penalty_as_it_is(fused):
+    moved = []
+    for scale in (1.0, 65536.0):
+        peft_model = model(offset=0.1, spline_reg_weight=50.0)
+        optimizer = torch.optim.SGD(peft_model.parameters(), lr=0.1, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        x = torch.arange(6).view(1, 6)
+        scaler.scale(peft_model(x, labels=x).loss).backward()
+        scaler.step(optimizer)
+        moved.append([s.weight.detach() for s in splines(peft_model)])
+    for plain, scaled in zip(*moved, strict=True):
+        torch.testing.assert_close(scaled, plain)
+
+
 def test_spline_group():
     peft_model = model()
     trainable = [p for p in peft_model.parameters() if p.requires_grad]
@@ -168,13 +225,42 @@ def test_spline_group():
     assert len(own["params"]) + len(others["params"]) == len(trainable)
     with pytest.raises(ValueError, match="lr_ratio must be positive, got 0"):
         separate_spline_group(optimizer, peft_model, lr_ratio=0)
-    with pytest.raises(ValueError, match="must share one learning rate"):
+    with pytest.raises(ValueError, match="must come from groups of one lr"):
         mixed = [{"params": [p], "lr": 10.0**-i} for i, p in enumerate(splines(peft_model)[0].parameters())]
         separate_spline_group(torch.optim.SGD(mixed), peft_model)
+    with pytest.raises(ValueError, match="one betas"):
+        mixed = [
+            {"params": [p], "betas": (0.9, 0.9 + i / 100)} for i, p in enumerate(splines(peft_model)[0].parameters())
+        ]
+        separate_spline_group(torch.optim.AdamW(mixed), peft_model)
     plain_model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(plain_model.parameters(), lr=1.0)
     separate_spline_group(optimizer, plain_model)
     assert len(optimizer.param_groups) == 1
+
+
+def test_the_spline_group_inherits_what_its_source_was_set_to():
+    peft_model = model()
+    trainable = [(name, p) for name, p in peft_model.named_parameters() if p.requires_grad]
+    own = {"betas": (0.5, 0.6), "eps": 1e-3}
+    optimizer = torch.optim.AdamW([{"params": trainable, **own}], lr=1e-3)
+    separate_spline_group(optimizer, peft_model, lr_ratio=2.0)
+    first, second = optimizer.param_groups
+    assert (second["betas"], second["eps"], second["lr"]) == (*own.values(), 2e-3)
+    by_id = {id(p): name for name, p in trainable}
+    for group in (first, second):
+        assert group["param_names"] == [by_id[id(p)] for p in group["params"]]
+    assert len(first["params"]) + len(second["params"]) == len(trainable)
+    assert all("lora_spline" in name for name in second["param_names"])
+
+
+def test_an_optimizer_without_a_rate_is_refused_and_stays_as_it_is():
+    peft_model = model()
+    optimizer = Adafactor([p for p in peft_model.parameters() if p.requires_grad], lr=None, relative_step=True)
+    before = list(optimizer.param_groups[0]["params"])
+    with pytest.raises(ValueError, match="must have a learning rate"):
+        separate_spline_group(optimizer, peft_model)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(before)]
 
 
 class SplineSFTTrainer(SplineTrainerMixin, SFTTrainer):
@@ -225,3 +311,32 @@ def test_an_optimizer_asked_for_twice_keeps_its_rates(tmp_path):
     optimizer = trainer.create_optimizer()
     assert trainer.create_optimizer() is optimizer
     assert sorted(group["lr"] for group in optimizer.param_groups if group["params"]) == pytest.approx([1e-2, 3e-2])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_training_twice_scales_the_rate_once(tmp_path, schedule):
+    more = {"trainer": SplineSFTTrainer, "trainer_settings": {"spline_lr_ratio": 10.0}, "learning_rate": 1e-3}
+    trainer = sft(tmp_path, model(), lr_scheduler_type=schedule, max_steps=2, **more)
+    rates = []
+    for _ in range(2):
+        trainer.train()
+        rates.append([group["initial_lr"] for group in trainer.optimizer.param_groups if group["params"]])
+    assert sorted(rates[0]) == sorted(rates[1]) == pytest.approx([1e-3, 1e-2])
+
+
+def test_an_optimizer_with_its_scheduler_must_know_the_splines(tmp_path):
+    def trained(separated):
+        peft_model = model()
+        optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-3)
+        if separated:
+            separate_spline_group(optimizer, peft_model, lr_ratio=4.0)
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        trainer = sft(
+            tmp_path, peft_model, trainer=SplineSFTTrainer, trainer_settings={"optimizers": (optimizer, scheduler)}
+        )
+        trainer.train()
+        return [group["lr"] for group in optimizer.param_groups]
+
+    assert trained(separated=True) == pytest.approx([1e-3, 4e-3])
+    with pytest.raises(ValueError, match="separate_spline_group before the scheduler is made"):
+        trained(separated=False)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 MAX_HEADER_BYTES = 2**26
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
-TENSOR = re.compile(r"(?P<layer>.+?)\.(?P<name>lora_.+)")
+TENSOR = re.compile(r"(?P<layer>.+)\.(?P<name>lora_.+)")  # a layer's own name may begin like that
 NAME = re.compile(r"[^\x00-\x1f\x7f/\\.]+(\.[^\x00-\x1f\x7f/\\.]+)*")
 
 
@@ -120,7 +120,7 @@ def _check_layers(path: Path, tensors: dict[str, Stored], config: Any) -> None:
 def _check_whole_modules(path: Path, tensors: dict[str, Stored], config: Any) -> None:
     """What is trained besides the layers must be there; modules that peft adds by itself may be no part of a model."""
     modules = config.modules_to_save or ()
-    if modules and not any(f".{name}." in f".{key}" for name in modules for key in tensors):
+    if modules and not any(f"{name}." in key for name in modules for key in tensors):
         raise ValueError(f"{path}: the checkpoint has no tensor of {', '.join(modules)}, which its config asks for")
     tokens = config.trainable_token_indices
     counts = {len(indices) for indices in (tokens.values() if isinstance(tokens, dict) else [tokens or ()])} - {0}

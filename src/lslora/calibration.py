@@ -13,6 +13,7 @@ not depend on how a batch was split.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import cache
 from itertools import count
@@ -54,7 +55,7 @@ def wait(spline: Spline) -> None:
 def observe(spline: Spline, z: Tensor) -> None:
     """Count z by size; left out is a z that is zero throughout (B = 0: it says nothing) or not finite."""
     flat = z.detach().flatten()
-    sample = flat[:: max(1, len(flat) // MAX_SAMPLE)].float().abs()
+    sample = flat[:: _stride(len(flat))].float().abs()
     if len(sample) and sample.any() and sample.isfinite().all():
         places = ((sample.log2() - LOWEST) * PER_OCTAVE).clamp(0, BINS - 1).long()
         counts = torch.bincount(places, minlength=BINS)
@@ -62,20 +63,45 @@ def observe(spline: Spline, z: Tensor) -> None:
         seen.counts = counts if seen.counts is None else seen.counts + counts
 
 
+def _stride(count: int) -> int:
+    """One in how many of z's `count` elements is looked at.
+
+    A number that shares no factor with `count`, and so with no dimension of z: every feature has its turn.
+    """
+    stride = max(1, count // MAX_SAMPLE)
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
+
+
 def advance(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
-    """Count a step of `optimizer` for the waiting splines it holds."""
+    """Count a step of `optimizer` for the waiting splines it holds; not one that a fused optimizer passed over."""
+    if not _waiting or _passed_over(optimizer):
+        return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     count_step([s for s in _waiting if s.micro_batches is None and id(s.weight) in held])
 
 
+def _passed_over(optimizer: Optimizer) -> bool:
+    """Whether gradients were not finite: optimizers that undo the loss scaling themselves are stepped all the same."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
 @torch.no_grad()
 def count_step(splines: Iterable[Spline]) -> None:
-    """Count an optimizer step for those of `splines` that wait; calibrate those that have waited long enough."""
-    for spline in [spline for spline in _waiting if spline.is_calibrated]:  # by a checkpoint loaded since
-        del _waiting[spline]
+    """Count an optimizer step for those of `splines` that wait and learn; calibrate what has waited long enough.
+
+    The splines of adapters that are not active are frozen, and those on the meta device have no numbers: they go on
+    waiting.
+    """
     due = []
     for spline in sorted(set(splines) & set(_waiting), key=lambda spline: _waiting[spline].order):
-        if _count(spline) >= spline.calibration_steps:
+        if spline.is_calibrated:  # by a checkpoint loaded since
+            del _waiting[spline]
+        elif spline.weight.is_meta or not spline.weight.requires_grad:
+            _waiting[spline].counts = None
+        elif _count(spline) >= spline.calibration_steps:
             due.append(spline)
         else:
             _waiting[spline].counts = None

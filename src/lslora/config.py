@@ -50,7 +50,7 @@ class LSLoraConfig(LoraConfig):
             `"bottleneck"`, its r inner numbers (`s B φ(A x)`); `"weight"`, the update's weight (`φ(s B A) x`), which
             can be merged into the base weight. The grid is in the unit of what φ is applied to.
         num_knots: Number of knots of φ, 2 to 4,096. A layer gets `num_knots + 2` parameters on top of LoRA's.
-        k_min: Position of the first knot.
+        k_min: Position of the first knot, ≤ 0 ≤ k_max with `extrapolation="clamp"`.
         k_max: Position of the last knot, `> k_min`; the knots lie evenly spaced between the two, at a distance that
             fp32 can tell.
         learn_scales: Whether `input_scale` and `output_scale` are learned; else both are 1, and a layer gets
@@ -175,6 +175,11 @@ class LSLoraConfig(LoraConfig):
         if spacing < max(LEAST_SPACING, FP32_STEPS * max(abs(self.k_min), abs(self.k_max))):
             raise ValueError(
                 f"k_min and k_max must be so far apart that fp32 can tell {self.num_knots} knots between them, "
+                f"got {self.k_min} and {self.k_max}"
+            )
+        if self.extrapolation == "clamp" and not self.k_min <= 0 <= self.k_max:
+            raise ValueError(
+                "with extrapolation='clamp' 0 must lie within k_min and k_max, or an update of 0 would not stay 0, "
                 f"got {self.k_min} and {self.k_max}"
             )
         if self.spline_reg_weight < 0:

@@ -263,6 +263,7 @@ def _write(folder: Path, config: LoraConfig, tensors: dict[str, Tensor]) -> None
     stage = folder / ".part"
     stage.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(stage)
-    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    # Cloned, since tied layers have tensors in common, which the file's format has not.
+    contiguous = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(contiguous, stage / "adapter_model.safetensors", metadata={"format": "pt"})
     publish(stage, folder)

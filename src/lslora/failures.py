@@ -40,7 +40,7 @@ def failure(model: nn.Module, inputs: Mapping[str, Any], loss: Tensor, step: int
         if layers:
             message += f"; it begins in {layers[0]}, one of {len(layers)} layers"
         message += "".join(f"; {_state(r)}" for r in trained_records(model) if r["layer"] in layers[:1])
-    return FloatingPointError(f"{message}. The step was not taken. Go on from the last checkpoint with {REMEDY}")
+    return FloatingPointError(f"{message}. The step was not taken. Start anew with {REMEDY}")
 
 
 def unstable_slopes(records: Sequence[Record]) -> str | None:

@@ -44,19 +44,20 @@ class LSLoraLayer:
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As peft's; raise ValueError, before anything is merged, where an adapter's update is not linear in x."""
-        for name in self.active_adapters if adapter_names is None else adapter_names:  # type: ignore[attr-defined]
-            self._check_mergeable(name)
+        self.check_mergeable(adapter_names)
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the base weight; raise ValueError where the update is not linear in x."""
-        self._check_mergeable(adapter)
+        self.check_mergeable([adapter])
         delta = super().get_delta_weight(adapter)  # type: ignore[misc]
         return self.lora_spline[adapter](delta) if adapter in self.lora_spline else delta
 
-    def _check_mergeable(self, adapter: str) -> None:
-        if adapter in self.lora_spline and not self.lora_variant[adapter].mergeable:  # type: ignore[attr-defined]
-            raise ValueError(NO_MERGE)
+    def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        """Raise ValueError unless all of these adapters, by default the active ones, are linear in x."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:  # type: ignore[attr-defined]
+            if name in self.lora_spline and not self.lora_variant[name].mergeable:  # type: ignore[attr-defined]
+                raise ValueError(NO_MERGE)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name, spline in self.lora_spline.items():

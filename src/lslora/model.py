@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any, NoReturn
 
+from peft import PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.save_and_load import _validate_lora_adapter_state_dict
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
 from .config import LSLoraConfig
@@ -37,6 +40,10 @@ class LSLoraModel(LoraModel):
                 f"{brief(config.layer_replication)} and {brief(config.trainable_token_indices)}"
             ) from error
 
+    def _prepare_model(self, peft_config: LSLoraConfig, model: nn.Module) -> None:
+        _check_targets(peft_config, model)
+        super()._prepare_model(peft_config, model)
+
     def _create_and_replace(
         self, lora_config: LSLoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
@@ -49,14 +56,35 @@ class LSLoraModel(LoraModel):
     def _create_new_module(
         lora_config: LSLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
-        if isinstance(target, nn.MultiheadAttention):
-            raise ValueError("LS-LoRA does not support nn.MultiheadAttention: peft merges the update to run it")
         module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
         adopt(module)
         module.lora_variant[adapter_name] = module.resolve_lora_variant(config=lora_config)
         module.lora_variant[adapter_name].init(module, adapter_name=adapter_name, config=lora_config)
         module.set_adapter(module.active_adapters, inference_mode=lora_config.inference_mode)
         return module
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As peft's; raise ValueError, before any layer is merged, where an update is not linear in x."""
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """As peft's; raise ValueError, before any layer is merged, where an update is not linear in x."""
+        self._check_mergeable(adapter_names)
+        return super().merge_and_unload(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        for layer in (module for module in self.model.modules() if isinstance(module, LSLoraLayer)):
+            layer.check_mergeable(adapter_names)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion writes plain LoRA of twice the rank, which has no splines: "
+            "save without it"
+        )
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, adapter_name: str, **kwargs: Any) -> dict[str, Tensor]:
@@ -78,6 +106,30 @@ class LSLoraModel(LoraModel):
         raise ValueError(
             "LS-LoRA adapters cannot be combined into one: a weighted sum of updates through different splines is "
             "not an update through one spline. Activate several adapters, or name one per row with `adapter_names`."
+        )
+
+
+def _check_targets(config: LSLoraConfig, model: nn.Module) -> None:
+    """Raise ValueError, before a layer is made, for targets that cannot have a spline."""
+    if config.target_modules is None:  # peft asks for them, or has a state dict that names the layers
+        return
+    for name, module in model.named_modules():
+        if not LSLoraModel._check_target_module_exists(config, name):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            raise ValueError(
+                f"LS-LoRA does not support nn.MultiheadAttention ({name}): peft merges the update to run it"
+            )
+        if config.placement == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            raise ValueError(f"placement='weight' does not support convolutions ({name})")
+    as_lora = copy.deepcopy(config)
+    as_lora.peft_type = PeftType.LORA
+    if hasattr(model, "config"):
+        convert_peft_config_for_transformers(as_lora, model, conversions=None)
+    if as_lora.target_parameters:
+        raise ValueError(
+            f"target_modules must name layers, but {sorted(as_lora.target_parameters)} are parameters of this model, "
+            "in which peft merges the update: LS-LoRA cannot do that"
         )
 
 

@@ -3,7 +3,7 @@
 Its gradient is added where every training loop passes exactly once per step: right before an optimizer steps. A
 penalty added to the model's loss would be dropped by trainers that compute the loss themselves, counted once per
 micro-batch under gradient accumulation, and would colour the evaluation loss (FIXES_APPLIED.md, 8). Like decoupled
-weight decay it is therefore not subject to gradient clipping and needs no loss scaling.
+weight decay it is therefore not subject to gradient clipping, and to loss scaling only where the optimizer undoes it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,33 @@ def spline_penalty(model: nn.Module) -> Tensor:
     from .spline import splines_of
 
     terms = [s.spline_reg_weight * _in_unit_of_z(s, s.offsets).square().mean() for s in splines_of(model)]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float32)
+
+
+def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:
+    """Add the gradients before a step; with a closure, which computes them in the step, whenever it has done so."""
+    kwargs = kwargs or {}
+    closure = kwargs.get("closure") or next((arg for arg in args[1:] if callable(arg)), None)
+    if closure is None:
+        add_gradients(optimizer)
+        return None
+
+    def penalised() -> Any:
+        loss = closure()
+        add_gradients(optimizer)
+        return loss
+
+    replaced = tuple(penalised if arg is closure else arg for arg in args)
+    return replaced, {name: penalised if value is closure else value for name, value in kwargs.items()}
 
 
 @torch.no_grad()
-def add_gradients(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
+def add_gradients(optimizer: Optimizer) -> None:
     """Add `2 · spline_reg_weight / K · (v_i − k_i)` to the gradient of every knot that `optimizer` is about to step.
 
     On a stretched grid (`calibration_steps`) heights are `σ v_i`, so the gradient has a factor of σ². Knots without a
-    gradient (frozen, or not used since the last step) are left alone.
+    gradient (frozen, or not used since the last step) are left alone. Where the optimizer itself is to undo the loss
+    scaling (fused ones, `grad_scale`), the gradient is scaled as the others are.
 
     Raises:
         ValueError: the optimizer is peft's LoRA-FA, which can step no spline.
@@ -58,7 +76,9 @@ def add_gradients(optimizer: Optimizer, args: Any = None, kwargs: Any = None) ->
         if not spline.spline_reg_weight or spline.micro_batches is not None:
             continue
         if weight.grad is not None and id(weight) in stepped:
-            weight.grad.add_(_gradient(spline))
+            scale = getattr(optimizer, "grad_scale", None)
+            gradient = _gradient(spline)
+            weight.grad.add_(gradient if scale is None else gradient * scale.to(gradient.device))
 
 
 def pulled_in_backward(spline: Spline) -> Tensor:
@@ -98,4 +118,4 @@ def _in_unit_of_z(spline: Spline, heights: Tensor) -> Tensor:
 @cache
 def _install_hook() -> None:
     # torch keeps global hooks for good, so one is enough for all splines that ever are.
-    register_optimizer_step_pre_hook(add_gradients)
+    register_optimizer_step_pre_hook(before_step)

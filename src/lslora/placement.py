@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.lora.layer import Embedding, Linear, LoraVariant
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.modules import module as everywhere
 
 from .config import LSLoraConfig
 from .spline import Spline
@@ -82,18 +84,12 @@ class WeightVariant(SplineVariant):
     mergeable = True
 
     @staticmethod
-    def init(module: Any, adapter_name: str, config: LSLoraConfig, **kwargs: Any) -> None:
-        if isinstance(module.get_base_layer(), (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            raise ValueError("placement='weight' does not support convolutions")
-        SplineVariant.init(module, adapter_name, config)
-
-    @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         if isinstance(module, Embedding):
             update = _as_base(module, module._embed(x, module.get_delta_weight(active_adapter)))
         else:
-            a_weight, b_weight = (matrix[active_adapter].weight for matrix in (module.lora_A, module.lora_B))
-            delta = module.lora_spline[active_adapter](b_weight @ a_weight * module.scaling[active_adapter])
+            product = _product(module.lora_A[active_adapter], module.lora_B[active_adapter], x)
+            delta = module.lora_spline[active_adapter](product * module.scaling[active_adapter])
             update = linear(module.lora_dropout[active_adapter](x), delta)
         return (result + update).to(result.dtype)
 
@@ -119,6 +115,14 @@ def _delta(module: Any, name: str, like: Tensor) -> Tensor:
     if not like.is_floating_point():
         raise ValueError(f"merging needs a floating-point base weight, got {like.dtype}")
     return module.get_delta_weight(name).to(like.dtype)
+
+
+def _product(a: Any, b: Any, x: Tensor) -> Tensor:
+    """`B A`, (out, in), for an x (…, in)."""
+    if _is_plain(a, nn.Linear) and _is_plain(b, nn.Linear):
+        return b.weight @ a.weight
+    # Engines that shard or offload parameters have them whole in the forward pass of their own module alone.
+    return b(a(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device))).T
 
 
 class Adapter(NamedTuple):
@@ -153,8 +157,9 @@ def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
 
     Wrappers do more, and hooks (sharding engines gather parameters in them), and a forward put in the class's place.
     """
-    own = vars(module)
-    return type(module) is cls and "forward" not in own and not any(own[hooks] for hooks in HOOKS)
+    if type(module) is not cls or "forward" in (own := vars(module)):
+        return False
+    return not any(own[hooks] or getattr(everywhere, f"_global{hooks}") for hooks in HOOKS)
 
 
 def _as_base(module: Any, update: Tensor) -> Tensor:

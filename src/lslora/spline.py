@@ -67,7 +67,7 @@ class Spline(KeepsFp32):
     @property
     def grid(self) -> Tensor:
         """Knot positions `k_i`, (K,) fp32: evenly spaced on [k_min, k_max]."""
-        return torch.linspace(self.k_min, self.k_max, self.num_knots, device=self.weight.device)
+        return torch.linspace(self.k_min, self.k_max, self.num_knots, dtype=torch.float32, device=self.weight.device)
 
     @property
     def offsets(self) -> Tensor:
@@ -105,7 +105,8 @@ class Spline(KeepsFp32):
     def is_calibrated(self) -> bool:
         """Whether `grid_scale` is known; once it is, no device is asked again before the next load."""
         if not self._calibrated:
-            self._calibrated = self.grid_scale is not None and self.grid_scale.item() > 0
+            known = self.grid_scale is not None and not self.grid_scale.is_meta
+            self._calibrated = known and cast(Tensor, self.grid_scale).item() > 0
         return self._calibrated
 
     @torch.no_grad()
@@ -146,14 +147,23 @@ class Spline(KeepsFp32):
         if self.waits:
             if self.weight.detach().any():
                 raise ValueError(
-                    "a spline with learned heights must have its grid_scale, got 0: only a part was copied"
+                    "a spline with learned heights must have its grid_scale, a buffer, and that is not positive: "
+                    "who copies an adapter must copy its state dict, not its parameters alone. TRL's reference "
+                    "adapter is completed by lslora.training.SplineTrainerMixin; AveragedModel needs use_buffers=False"
+                )
+            if getattr(self, "_is_replica", False):
+                raise ValueError(
+                    "nn.DataParallel works on copies, which cannot measure a grid (calibration_steps): start one "
+                    "process for each GPU instead, with torchrun or accelerate, or let one GPU be visible"
                 )
             if self.training and self.weight.requires_grad:
                 calibration.observe(self, z)
             # Every parameter takes part, as data parallelism wants it.
             nothing = 0 * torch.cat(list(self.parameters())).sum()
             return z + nothing.to(z.dtype)
-        return (self._spline(z / self.grid_scale) * self.grid_scale).to(z.dtype)
+        # Zero where a hot swap has put an adapter whose grid still waits; its offsets are zero as well.
+        stretch = torch.where(self.grid_scale > 0, self.grid_scale, 1.0)
+        return (self._spline(z / stretch) * stretch).to(z.dtype)
 
     def update(self, result: Tensor, h: Tensor, weight: Tensor, scaling: float) -> Tensor | None:
         """`result + self(scaling · h weightᵀ)` in one operation; None where it takes several now.
@@ -252,7 +262,7 @@ def _zeros(count: int) -> Tensor:
 
 def _scale(offset: nn.Parameter | None, like: Tensor) -> Tensor:
     """A scale from its stored deviation, (1,); without one, 1."""
-    return torch.ones(1, device=like.device) if offset is None else 1 + _whole(offset)
+    return torch.ones(1, dtype=torch.float32, device=like.device) if offset is None else 1 + _whole(offset)
 
 
 def _whole(parameter: Tensor) -> Tensor:

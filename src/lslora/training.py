@@ -5,6 +5,7 @@ The penalty needs nothing here: it reaches every optimizer by itself, see `lslor
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -20,12 +21,16 @@ from .spline import Spline, splines_of
 # Goes with `LSLoraConfig.recommended` (benchmarks/LOG.md).
 RECOMMENDED_LR_RATIO = 20.0
 
+# What the splines' group has of its own, or gets from a scheduler.
+NOT_SHARED = {"params", "param_names", "weight_decay", "initial_lr"}
+
 
 def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr_ratio: float = 1.0) -> None:
     """Move the trainable spline parameters of `model` into a group of their own at the end of `optimizer`'s groups.
 
-    The group has no weight decay and the learning rate `lr_ratio · lr`, with `lr` that of the group the parameters
-    came from. Call it before a learning rate scheduler is made, so that the scheduler sees the group.
+    The group has no weight decay and the learning rate `lr_ratio · lr`, with `lr` and everything else that of the
+    group the parameters came from. Call it before a learning rate scheduler is made, so that the scheduler sees the
+    group.
 
     Args:
         optimizer: Any torch optimizer over the parameters of `model`, before its first step.
@@ -34,21 +39,40 @@ def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr_ratio: f
             the splines take shape.
 
     Raises:
-        ValueError: `lr_ratio` is not positive, or spline parameters come from groups of different learning rates.
+        ValueError: `lr_ratio` is not positive, spline parameters come from groups of different settings, or the
+            optimizer finds its learning rate by itself (`lr=None`).
     """
     if not lr_ratio > 0:
         raise ValueError(f"lr_ratio must be positive, got {lr_ratio}")
-    ids = {id(p) for spline in splines_of(model) for p in spline.parameters() if p.requires_grad}
+    ids = _trained(model)
     sources = [group for group in optimizer.param_groups if any(id(p) in ids for p in group["params"])]
     if not sources:
         return
-    rates = {group["lr"] for group in sources}
-    if len(rates) > 1:
-        raise ValueError(f"spline parameters must share one learning rate to scale, got {sorted(rates)}")
-    moved = [p for group in sources for p in group["params"] if id(p) in ids]
+    settings = [{name: value for name, value in group.items() if name not in NOT_SHARED} for group in sources]
+    for name in settings[0]:
+        if any(found[name] != settings[0][name] for found in settings):
+            values = [found[name] for found in settings]
+            raise ValueError(f"spline parameters must come from groups of one {name}, got {values}")
+    rate = settings[0]["lr"]
+    if rate is None:
+        raise ValueError("an optimizer must have a learning rate of which the splines get a multiple, got lr=None")
+    moved: dict[str, Any] = {**settings[0], "lr": rate * lr_ratio, "weight_decay": 0.0}
     for group in sources:
-        group["params"] = [p for p in group["params"] if id(p) not in ids]
-    optimizer.add_param_group({"params": moved, "lr": rates.pop() * lr_ratio, "weight_decay": 0.0})
+        mine = [id(p) in ids for p in group["params"]]
+        for entries in group.keys() & {"params", "param_names"}:
+            moved[entries] = [*moved.get(entries, ()), *compress(group[entries], mine)]
+            group[entries] = [entry for entry, is_mine in zip(group[entries], mine, strict=True) if not is_mine]
+    optimizer.add_param_group(moved)
+
+
+def _trained(model: nn.Module) -> set[int]:
+    """The identities of the spline parameters that learn."""
+    return {id(p) for spline in splines_of(model) for p in spline.parameters() if p.requires_grad}
+
+
+def _is_mixed(groups: list[dict[str, Any]], ids: set[int]) -> bool:
+    """Whether a group holds parameters of `ids` and others."""
+    return any(len({id(p) in ids for p in group["params"]}) > 1 for group in groups)
 
 
 def prepare_for_deepspeed(model: nn.Module, *, gradient_accumulation_steps: int = 1) -> None:
@@ -82,12 +106,14 @@ class SplineTrainerMixin:
         SplineSFTTrainer(model, args=..., spline_lr_ratio=10.0)
 
     Args:
-        spline_lr_ratio: Learning rate of the splines over that of A and B, > 0.
+        spline_lr_ratio: Learning rate of the splines over that of A and B, > 0. Where the trainer is given an
+            optimizer together with its scheduler, that has the splines in groups of their own, at rates of their own.
 
     Raises:
         FloatingPointError: in training, when the loss or a gradient is not finite; it names the step, the layer where
             that begins and its spline's state.
-        ValueError: `spline_lr_ratio` is not positive, or DeepSpeed is set to its own optimizer or to fp16.
+        ValueError: `spline_lr_ratio` is not positive, DeepSpeed is set to its own optimizer or to fp16, or the trainer
+            is given an optimizer and a scheduler that know of no group for the splines.
     """
 
     def __init__(self, *args: Any, spline_lr_ratio: float = 1.0, **kwargs: Any) -> None:
@@ -106,9 +132,19 @@ class SplineTrainerMixin:
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The trainer's own optimizer, with the splines in a group of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        if optimizer is not self._separated:  # a trainer may ask again for the optimizer it has
-            separate_spline_group(optimizer, self.model, lr_ratio=self.spline_lr_ratio)  # type: ignore[attr-defined]
-            self._separated = optimizer
+        # Asked again, as after a training, the trainer hands out the optimizer that it has, by then in a wrapper.
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if inner is self._separated:
+            return optimizer
+        model, scheduler = self.model, self.lr_scheduler  # type: ignore[attr-defined]
+        if scheduler is None:
+            separate_spline_group(optimizer, model, lr_ratio=self.spline_lr_ratio)
+        elif _is_mixed(inner.param_groups, _trained(model)):
+            raise ValueError(
+                "an optimizer that comes with a scheduler must have the splines in groups of their own: call "
+                "lslora.training.separate_spline_group before the scheduler is made"
+            )
+        self._separated = inner
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

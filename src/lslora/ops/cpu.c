@@ -21,8 +21,8 @@
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* stretch * spline(scaling * x / stretch), as Python hands it over; stretch may be NULL for 1. A scale is origin plus
-   what is pointed to, which may be NULL for 0: the scale itself from 0, or its deviation from 1. */
+/* stretch * spline(scaling * x / stretch), as Python hands it over; stretch may be NULL, or not positive, for 1. A scale
+   is origin plus what is pointed to, which may be NULL for 0: the scale itself from 0, or its deviation from 1. */
 typedef struct {
     const float *offsets, *scale_in, *scale_out, *stretch;
     float scaling, origin, k_min, k_max;
@@ -82,7 +82,9 @@ INLINE Floats at_most(Floats high, Floats x) {
 
 INLINE Floats clamp(Floats x, float low, float high) { return at_most(all(high), at_least(all(low), x)); }
 
-static float stretch_of(const Spline *spline) { return spline->stretch ? *spline->stretch : 1.0f; }
+static float stretch_of(const Spline *spline) {
+    return spline->stretch && *spline->stretch > 0 ? *spline->stretch : 1.0f;
+}
 
 static float scale_of(const Spline *spline, const float *scale) { return spline->origin + (scale ? *scale : 0.0f); }
 

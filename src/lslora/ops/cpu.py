@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import subprocess
 import tempfile
 from functools import cache
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
+from .tracing import why_hidden
 
 SOURCE = Path(__file__).with_name("cpu.c")
 # The first that the compiler takes. OpenMP is the one torch has loaded, so `torch.set_num_threads` holds here too.
@@ -25,6 +27,9 @@ BLOCK = 1024  # elements that have sums of their own
 LANES = 8  # elements at a time
 COLUMNS = 64  # of a block that is a part of a matrix
 GROUP = 4  # rows that are multiplied at a time
+# What the compiled functions write to, whatever torch's defaults are.
+SINGLE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+DOUBLE: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 SIZES = (f"-DBLOCK={BLOCK}", f"-DLANES={LANES}", f"-DCOLUMNS={COLUMNS}", f"-DGROUP={GROUP}")
 
 
@@ -54,7 +59,7 @@ def library() -> ctypes.CDLL | str:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "cpu.so"
         for flags in FLAGS:
-            command = [os.environ.get("CC", "cc"), *flags, *SIZES, "-shared", "-fPIC", str(SOURCE)]
+            command = [*shlex.split(os.environ.get("CC", "cc")), *flags, *SIZES, "-shared", "-fPIC", str(SOURCE)]
             try:
                 subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, text=True)
                 found = ctypes.CDLL(str(target))
@@ -77,8 +82,8 @@ def why_not(tensor: Tensor, dtype: torch.dtype) -> str | None:
         return f"the tensor is a {type(tensor).__name__}"
     if dtype != torch.float32:
         return f"compiled for float32, not {dtype}"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot trace into it"
+    if reason := why_hidden():
+        return reason
     found = library()
     return found if isinstance(found, str) else None
 
@@ -146,12 +151,13 @@ class CompiledSpline:
 
     def workspace(self, blocks: int, at_once: int) -> tuple[Tensor, Tensor, Tensor]:
         """Memory for the sums of so many blocks, so many at once: `more`, `rows` and `sums` of cpu.c."""
-        rows = torch.empty(blocks, self.knots + 2, dtype=torch.float64)
-        return torch.empty(at_once, self.knots - 1, LANES), rows, torch.zeros(self.knots + 2, dtype=torch.float64)
+        more = torch.empty(at_once, self.knots - 1, LANES, **SINGLE)
+        rows = torch.empty(blocks, self.knots + 2, **DOUBLE)
+        return more, rows, torch.zeros(self.knots + 2, **DOUBLE)
 
     def gradients(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of `offsets`, `input_scale` and `output_scale` (float32), from what a backward function has summed up."""
-        found = torch.empty(self.knots + 2)
+        found = torch.empty(self.knots + 2, **SINGLE)
         compiled().spline_gradients(self.shape, sums.data_ptr(), found.data_ptr())
         knots, scale_in, scale_out = found.split((self.knots, 1, 1))
         return knots, scale_in, scale_out

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import cpu, eager, reference
+from .tracing import needs_formula
 
 INTERPOLATION_METHODS = ("piecewise", "soft")
 EXTRAPOLATIONS = ("clamp", "linear")
@@ -64,7 +65,9 @@ def spline(
     grid = checked_grid(k_min, k_max, extrapolation)
     if interpolation_method not in INTERPOLATION_METHODS:
         raise ValueError(f"interpolation_method must be one of {INTERPOLATION_METHODS}, got {interpolation_method!r}")
-    if interpolation_method == "piecewise":
+    # What follows torch's operations one by one gets them, unless other code was asked for.
+    followed = needs_formula() and FORCED in (None, "eager")
+    if interpolation_method == "piecewise" and not followed:
         return _Piecewise.apply(z, *parameters, grid)
     y = reference.spline(
         z.to(dtype), *parameters, grid, interpolation_method=interpolation_method, soft_temperature=soft_temperature

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .tracing import why_hidden
 
 TILE = 1024  # elements at a time
 MAX_PROGRAMS = 1024
@@ -107,9 +108,7 @@ def why_not(tensor: Tensor, dtype: torch.dtype) -> str | None:
         return f"the tensor is on {tensor.device}"
     if dtype != torch.float32:
         return f"written for float32, not {dtype}"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot trace into it"
-    return None
+    return why_hidden()
 
 
 def forward(

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .tracing import why_hidden
 from .triton import add_sums, arguments, gradients, place, slope_of
 
 MAX_R = 256
@@ -31,6 +32,13 @@ def _tile(at, i, j, rows, columns):
 def _store(at, tile, i, j, rows, columns):
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     tl.store(at + i.to(tl.int64)[:, None] * columns + j[None, :], tile.to(at.dtype.element_ty), inside)
+
+
+@triton.jit
+def _stretch(at):
+    """The stretch, or 1 where it is not positive."""
+    stretch = tl.load(at)
+    return tl.where(stretch > 0, stretch, 1.0)
 
 
 @triton.jit
@@ -54,7 +62,7 @@ def _forward(
     i = tl.program_id(0) * rows + tl.arange(0, rows)
     j = tl.program_id(1) * columns + tl.arange(0, columns)
     k = tl.arange(0, width_r)
-    stretch = tl.load(stretch_at)
+    stretch = _stretch(stretch_at)
     z = tl.dot(_tile(h_at, i, k, n, r), tl.trans(_tile(b_at, j, k, m, r)), input_precision="ieee")
     _, _, u, p, at = place(z * (scaling / stretch), tl.load(scale_in_at), k_min, k_max, per_spacing, last, clamps)
     left, right = tl.load(offset_at + at), tl.load(offset_at + at + 1)
@@ -71,7 +79,7 @@ def _backward_rows(
 ):  # fmt: skip
     """Part `program_id(1)` of the gradient of h, (parts, n, r), and of the sums, (programs, width)."""
     i, k = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width_r)
-    scale_in, stretch = tl.load(scale_in_at), tl.load(stretch_at)
+    scale_in, stretch = tl.load(scale_in_at), _stretch(stretch_at)
     scale_out = tl.load(scale_out_at) * stretch
     h = _tile(h_at, i, k, n, r)
     grad_h, sums = tl.zeros((rows, width_r), tl.float32), tl.zeros((width,), tl.float64)
@@ -99,7 +107,7 @@ def _backward_columns(
 ):  # fmt: skip
     """Part `program_id(1)` of the gradient of B, (parts, m, r)."""
     j, k = tl.program_id(0) * columns + tl.arange(0, columns), tl.arange(0, width_r)
-    scale_in, stretch = tl.load(scale_in_at), tl.load(stretch_at)
+    scale_in, stretch = tl.load(scale_in_at), _stretch(stretch_at)
     scale_out = tl.load(scale_out_at) * stretch
     b = _tile(b_at, j, k, m, r)
     grad_b = tl.zeros((columns, width_r), tl.float32)
@@ -125,7 +133,7 @@ def why_not(result: Tensor, h: Tensor, weight: Tensor) -> str | None:
             return f"written for float32, float16 and bfloat16, not {tensor.dtype}"
     if h.shape[-1] > MAX_R:
         return f"r must be at most {MAX_R}, got {h.shape[-1]}"
-    return "torch.compile cannot trace into it" if torch.compiler.is_compiling() else None
+    return why_hidden()
 
 
 def forward(

@@ -38,7 +38,7 @@ def update(
         offsets: (K,), K ≥ 2, as in `spline`.
         input_scale_offset: `input_scale − 1`, (1,); None where the scale is 1 and not learned.
         output_scale_offset: The same of `output_scale`.
-        stretch: σ, (1,), positive; not differentiated. None for 1.
+        stretch: σ, (1,); not differentiated. None for 1, and so is what is not positive.
         scaling: s.
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`.

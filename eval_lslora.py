@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     try:
         questions = Questions(args.dataset, args.limit, args.seed)
+        if args.output.is_dir():
+            raise ValueError(f"--output must be a file, got the folder {args.output}")
         settings = settings_of(args)
         check_base(settings["model_name"])
         check_questions(settings["model_name"], questions, args.scorer, chat_template=args.chat_template)
@@ -55,15 +57,13 @@ def main(arguments: list[str] | None = None) -> int:
         model, tokenizer = load_model(settings["model_name"], args.adapter, args.dtype)
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
-        partial.file.close()
-        if not partial.counts:
-            partial.delete()
+        partial.close()
         return 2
     try:
-        with partial.file:
+        with partial:
             answer(args, model, tokenizer, questions, partial, hidden)
-        results = results_of(settings, partial)
-        write_json_whole(args.output, results)
+            results = results_of(settings, partial)
+            write_json_whole(args.output, results)
     except OSError as error:  # the disk is full, say; what was answered until then is kept
         print(f"{args.output} could not be written: {error}", file=sys.stderr)
         return 1
@@ -143,8 +143,11 @@ def base_name(adapter: Path | None, given: str | None) -> str:
 
 
 def check_base(model_name: str) -> None:
-    """Raise OSError or ValueError if there is no such base model, or none that transformers itself can make."""
-    AutoConfig.from_pretrained(resolve_model_name(model_name), trust_remote_code=False)
+    """Raise ValueError if there is no such base model, or none that transformers itself can make."""
+    try:
+        AutoConfig.from_pretrained(resolve_model_name(model_name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the base model {model_name}: {str(error).splitlines()[0]}") from error
 
 
 def check_questions(model_name: str, rows: Collection[Row], scorer: str = "auto", *, chat_template: bool) -> None:
@@ -236,12 +239,19 @@ def answer(
 
 
 def load_model(model_name: str, adapter: Path | None, dtype: str) -> tuple[Any, Any]:
-    """The base model, on the GPU if there is one, with the adapter if one is given; and the base's tokenizer."""
+    """The base model, on the GPU if there is one, with the adapter if one is given; and the base's tokenizer.
+
+    Raises:
+        ValueError: the adapter is not one of this base model.
+    """
     name = resolve_model_name(model_name)
     model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter)
+        try:
+            model = PeftModel.from_pretrained(model, adapter)
+        except RuntimeError as error:  # torch's word for tensors of other shapes
+            raise ValueError(f"{adapter} does not fit the base model {model_name}: {error}") from error
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 

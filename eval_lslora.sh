@@ -5,14 +5,14 @@
 #
 # What follows is handed to eval_lslora.py and overrides, e.g. --dataset dataset/test/boolq.json --output boolq.json
 set -euo pipefail
-cd "$(dirname "$0")"
 
 if [ $# -eq 0 ] || [ ! -f "$1/adapter_config.json" ]; then
     echo "usage: bash eval_lslora.sh DIR, with DIR the folder of a trained adapter (it holds adapter_config.json)" >&2
     exit 2
 fi
-adapter=$1
+adapter=$(cd "$1" && pwd)
 shift
+cd "$(dirname "$0")"
 
 source scripts/environment.sh train
 exec python eval_lslora.py --adapter "$adapter" --base \

@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         examples = load_examples(args.dataset, chat_template=args.chat_template)[: args.rows]
         eval_rows = load_rows(args.eval_dataset) if args.eval_dataset else []
         base = base_name(args.adapter, args.model_name)
+        check_output(args.output)
         check_base(base)
         check_questions(base, eval_rows, chat_template=args.chat_template)
         results = export(args, base, examples, eval_rows)
@@ -63,6 +64,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--eval_dataset", type=Path, metavar="FILE", help="rows to answer before and after")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no tables, only errors")
     return parser.parse_args(arguments)
+
+
+def check_output(folder: Path) -> None:
+    """ValueError for a folder with an LS-LoRA adapter, the one to export or another: it would be gone."""
+    path = folder / "adapter_config.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") == "LSLORA":
+        raise ValueError(f"--output must not be the folder of an LS-LoRA adapter, which would be lost, got {folder}")
 
 
 def export(args: argparse.Namespace, base: str, examples: list[Example], eval_rows: list[Row]) -> dict[str, Any]:

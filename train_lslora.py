@@ -44,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--loss_on_prompt", action="store_true", help="train on the prompt's tokens as well")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--max_steps", type=int, default=500)
-    group.add_argument("--batch_size", type=int, default=4, help="rows a device and micro-batch")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument("--max_steps", type=positive, default=500)
+    group.add_argument("--batch_size", type=positive, default=4, help="rows a device and micro-batch")
+    group.add_argument("--gradient_accumulation_steps", type=positive, default=1)
     group.add_argument("--learning_rate", type=float, default=2e-4)
     group.add_argument("--spline_lr_ratio", type=float, default=1.0, help="learning rate of the splines over LoRA's")
     group.add_argument("--lr_scheduler_type", default="linear")
@@ -56,12 +56,12 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--optim", default="adamw_torch_fused", help="any optimizer of transformers, e.g. paged_adamw_32bit"
     )
-    group.add_argument("--max_length", type=int, default=512, help="tokens a row; longer rows are cut at the end")
+    group.add_argument("--max_length", type=positive, default=512, help="tokens a row; longer rows are cut at the end")
     group.add_argument("--group_by_length", action="store_true", help="rows of similar length share a batch")
     group.add_argument("--seed", type=int, default=42)
 
     group = parser.add_argument_group("adapter")
-    group.add_argument("--r", type=int, default=16, help="rank")
+    group.add_argument("--r", type=positive, default=16, help="rank")
     group.add_argument("--lora_alpha", type=int, default=32)
     group.add_argument("--lora_dropout", type=float, default=0.05)
     group.add_argument("--use_rslora", action="store_true", help="divide lora_alpha by the root of r instead of r")
@@ -85,8 +85,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--gradient_checkpointing", action="store_true")
 
     group = parser.add_argument_group("log and checkpoints")
-    group.add_argument("--save_steps", type=int, default=100)
-    group.add_argument("--logging_steps", type=int, default=10)
+    group.add_argument("--save_steps", type=positive, default=100)
+    group.add_argument("--logging_steps", type=positive, default=10)
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     group.add_argument("--report_to", nargs="+", default=["none"], help="wandb, tensorboard, trackio, ...")
     group.add_argument("--quiet", action="store_true", help="no progress bars, no log and no tables, only errors")
@@ -102,19 +102,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
 def recommended_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """What `--recommended` changes in the adapter's and the spline's defaults; flags that are given still win."""
     from lslora import LSLoraConfig
     from lslora.config import RECOMMENDED
     from lslora.training import RECOMMENDED_LR_RATIO
 
-    config = LSLoraConfig.recommended(r=args.r, calibration_steps=max(1, args.max_steps // 3))
+    steps = earlier_settings(args.output_dir).get("calibration_steps", 0) if args.resume else 0
+    config = LSLoraConfig.recommended(r=args.r, calibration_steps=steps or max(1, args.max_steps // 3))
     changed = {name: getattr(config, name) for name in ("lora_alpha", *RECOMMENDED)}
     return changed | {"spline_lr_ratio": RECOMMENDED_LR_RATIO}
 
 
+def earlier_settings(output_dir: str) -> dict[str, Any]:
+    """Those of the run that was here before, as far as they can be read."""
+    from lslora.report import RUN
+
+    try:
+        settings = json.loads(Path(output_dir, RUN).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    try:
+        return run(parse_args(argv))
+    except KeyboardInterrupt:
+        print("error: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, train and report; the exit status."""
     from lslora.data import DataError, load_examples, load_rows
 
     try:
@@ -128,18 +155,21 @@ def main(argv: list[str] | None = None) -> int:
         print("error: this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing), file=sys.stderr)
         return 2
     try:
+        check_settings(args)
         examples = usable_examples(args, examples, eval_rows)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        return train(args, examples, eval_rows)
+        trainer = make_trainer(args, examples)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        return train(trainer, args, eval_rows)
     except (FloatingPointError, OSError) as error:  # among them: a checkpoint that cannot be written
         print(f"error: {args.output_dir}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
-        return 128 + signal.SIGINT
 
 
 def missing_for(args: argparse.Namespace, *, chats: bool) -> list[str]:
@@ -154,8 +184,7 @@ def missing_for(args: argparse.Namespace, *, chats: bool) -> list[str]:
     for tracker in TRACKERS:
         if tracker in args.report_to and find_spec(tracker) is None:
             missing.append(f"{tracker}, for --report_to {tracker}: pip install {tracker}")
-    if args.resume:
-        missing += missing_to_resume(args)
+    missing += missing_to_resume(args) if args.resume else missing_to_begin(args)
     return missing + missing_model(args.model_name, chats=chats)
 
 
@@ -167,6 +196,8 @@ def missing_to_resume(args: argparse.Namespace) -> list[str]:
     checkpoint, problems = last_whole_checkpoint(args.output_dir)
     if checkpoint is None:
         return [f"a checkpoint in {args.output_dir} that is whole, to --resume from", *problems]
+    if (done := steps_of(checkpoint)) > args.max_steps:
+        return [f"--max_steps of at least {done}, which {checkpoint} has behind it; got {args.max_steps}"]
     path = Path(args.output_dir, RUN)
     if not path.exists():  # the checkpoint came here without it
         return []
@@ -183,6 +214,22 @@ def missing_to_resume(args: argparse.Namespace) -> list[str]:
     return []
 
 
+def missing_to_begin(args: argparse.Namespace) -> list[str]:
+    """A run that was stopped must not be lost because somebody forgot --resume."""
+    from lslora.checkpoints import last_whole_checkpoint
+    from lslora.report import STATE
+
+    checkpoint, _ = last_whole_checkpoint(args.output_dir)
+    if checkpoint is None or Path(args.output_dir, STATE).exists():  # nothing there, or a run that was finished
+        return []
+    return [f"an --output_dir without a run that was stopped: go on from {checkpoint} with --resume, or remove it"]
+
+
+def steps_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def missing_model(model_name: str, *, chats: bool) -> list[str]:
     from transformers import AutoConfig, AutoTokenizer
 
@@ -196,6 +243,18 @@ def missing_model(model_name: str, *, chats: bool) -> list[str]:
     except (OSError, RuntimeError, ValueError) as error:
         return [f"the model {model_name}: {str(error).splitlines()[0]}"]
     return []
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """ValueError or TypeError for values that peft, transformers and trackers would refuse much later."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    if not args.spline_lr_ratio > 0:
+        raise ValueError(f"spline_lr_ratio must be positive, got {args.spline_lr_ratio}")
+    if args.report_to != ["none"]:
+        get_reporting_integration_callbacks(args.report_to)
+    adapter_config(args)
+    trainer_config(args)
 
 
 def usable_examples(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row]) -> list[Example]:
@@ -218,17 +277,15 @@ def usable_examples(args: argparse.Namespace, examples: list[Example], eval_rows
     return fit.kept
 
 
-def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row]) -> int:
-    """Train, save and report; 0, or 128 + signal where one ended the training early."""
+def make_trainer(args: argparse.Namespace, examples: list[Example]) -> Any:
+    """TRL's trainer with model, adapter and rows; ValueError for settings that the model does not take."""
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTTrainer
 
     from lslora.callback import SplineCallback
     from lslora.checkpoints import WholeCheckpointsMixin
-    from lslora.interruption import StopOnSignal
     from lslora.progress import bars_hidden, hide_library_bars
-    from lslora.report import write_report
     from lslora.training import SplineTrainerMixin
 
     class SplineSFTTrainer(SplineTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
@@ -250,23 +307,35 @@ def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row
         spline_lr_ratio=args.spline_lr_ratio,
         callbacks=[SplineCallback()] if args.method == "lslora" else [],
     )
-    speaks = trainer.is_world_process_zero() and not args.quiet
-    if speaks:
+    if trainer.is_world_process_zero() and not args.quiet:
         trainer.model.print_trainable_parameters()
     else:
         trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(trainer: Any, args: argparse.Namespace, eval_rows: list[Row]) -> int:
+    """Train, save and report; 0, or 128 + signal where one ended the training early."""
+    from lslora.interruption import StopOnSignal
+    from lslora.report import write_report
+
+    tokenizer, speaks = trainer.processing_class, trainer.is_world_process_zero() and not args.quiet
     checkpoint = begin(trainer, args)
-    with StopOnSignal() as stop:
-        trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.signal:
-        return tell_stopped(trainer, stop.signal)
+    if checkpoint and steps_of(checkpoint) == args.max_steps:
+        load_finished(trainer, checkpoint)
+    else:
+        with StopOnSignal() as stop:
+            trainer.add_callback(stop)
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if stop.signal:
+            return tell_stopped(trainer, stop.signal)
     save(trainer, Path(args.output_dir))
+    write_card(trainer, args, None)
     if args.method == "lslora":
         report_splines(trainer, args)
     evaluation = report_accuracy(trainer, tokenizer, eval_rows, args) if eval_rows else {}
+    write_card(trainer, args, evaluation.get("accuracy"))
     if trainer.is_world_process_zero():
-        write_card(trainer, args, evaluation.get("accuracy"))
         write_run(args, evaluation)
         report = write_report(args.output_dir)
     if speaks:
@@ -274,25 +343,36 @@ def train(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row
     return 0
 
 
-def begin(trainer: Any, args: argparse.Namespace) -> str | None:
+def begin(trainer: Any, args: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from, or None; `run.json` holds the settings from now on."""
+    from lslora.callback import DIAGNOSTICS
     from lslora.checkpoints import last_whole_checkpoint, unseal
+    from lslora.report import STATE
 
     checkpoint = None
     if args.resume:
-        found, problems = last_whole_checkpoint(args.output_dir)
-        checkpoint = str(found)
+        checkpoint, problems = last_whole_checkpoint(args.output_dir)
         if trainer.is_world_process_zero():
             for problem in problems:
                 print(f"warning: passed over {problem}", file=sys.stderr)
             if not args.quiet:
-                print(f"Going on from {found}")
+                print(f"Going on from {checkpoint}")
     trainer.accelerator.wait_for_everyone()  # all have looked
     if trainer.is_world_process_zero():
         if checkpoint is None:
             unseal(args.output_dir)
+            for name in (STATE, DIAGNOSTICS):  # of an earlier run, whose log a report would take for this one's
+                Path(args.output_dir, name).unlink(missing_ok=True)
         write_run(args, {})
     return checkpoint
+
+
+def load_finished(trainer: Any, checkpoint: Path) -> None:
+    """Take over a checkpoint that has all its steps behind it: transformers' loop would take one more."""
+    from lslora.report import STATE
+
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = trainer.state.load_from_json(str(checkpoint / STATE))
 
 
 def tell_stopped(trainer: Any, by: signal.Signals) -> int:
@@ -489,6 +569,8 @@ def report_accuracy(trainer: Any, tokenizer: Any, rows: list[Row], args: argpars
 
 
 def write_card(trainer: Any, args: argparse.Namespace, accuracy: dict[str, Any] | None) -> None:
+    if not trainer.is_world_process_zero():
+        return
     from lslora.card import model_card
     from lslora.files import write_whole
 

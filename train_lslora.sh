@@ -31,7 +31,7 @@ phi3)
     missing=()
     command -v nvidia-smi >/dev/null || missing+=("a CUDA device (nvidia-smi is not there)")
     [ -f dataset/commonsense_5k.json ] || missing+=(
-        "dataset/commonsense_5k.json (make it with: python dataset/prepare_commonsense.py)")
+        "dataset/commonsense_5k.json (make it with: python dataset/prepare_commonsense.py --output_dir dataset)")
     if [ ${#missing[@]} -gt 0 ]; then
         echo "error: the phi3 recipe cannot run here; it needs" >&2
         printf -- '- %s\n' "${missing[@]}" >&2

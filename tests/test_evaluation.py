@@ -566,7 +566,8 @@ def test_script_goes_on_where_it_was_interrupted(script, arguments, interrupted,
     expected = json.loads(arguments["--output"].read_text(encoding="utf-8"))
     arguments["--output"].unlink()
     written = [line for cut in cuts for line in interrupted(cut, torn)]
-    assert [json.loads(line) for line in partial(arguments).read_bytes().split(b"\n")[:-1]] == written
+    if len(written) > 1:  # the settings alone are nothing to go on from
+        assert [json.loads(line) for line in partial(arguments).read_bytes().split(b"\n")[:-1]] == written
     assert script.main(command(arguments, "--base")) == 0
     found = json.loads(arguments["--output"].read_text(encoding="utf-8"))
     for one, other in ((found, expected), (found["base"], expected["base"])):
@@ -615,11 +616,9 @@ def test_script_computes_nothing_anew_when_all_is_there(script, arguments, inter
         ("rows", "datasets was"),
     ],
 )
-def test_script_does_not_mix_settings(script, arguments, monkeypatch, capsys, change, named):
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "answer", interrupt)
-        assert script.main(command(arguments)) == 130
-        assert f"what was answered is kept in {partial(arguments)}" in capsys.readouterr().err
+def test_script_does_not_mix_settings(script, arguments, interrupted, capsys, change, named):
+    interrupted(2)  # the settings and a row
+    capsys.readouterr()
     if change == "adapter":
         weights = arguments["--adapter"] / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
@@ -628,11 +627,51 @@ def test_script_does_not_mix_settings(script, arguments, monkeypatch, capsys, ch
     else:
         arguments |= change
     before = partial(arguments).read_bytes()
-    assert script.main(command(arguments)) == 2
+    assert script.main(command(arguments, "--base")) == 2
     message = capsys.readouterr().err
     assert named in message
     assert f"delete {partial(arguments)} or choose another --output" in message
     assert partial(arguments).read_bytes() == before
+
+
+def test_script_is_not_held_up_by_an_evaluation_that_answered_nothing(script, arguments, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "answer", interrupt)
+        assert script.main(command(arguments)) == 130
+    assert not partial(arguments).exists()
+    settings = script.settings_of(script.parse_arguments(command(arguments | {"--limit": 3})))
+    partial(arguments).write_text(json.dumps(settings) + "\n", encoding="utf-8")  # left by a kill
+    assert script.main(command(arguments)) == 0
+
+
+def test_script_writes_no_output_that_another_is_writing(script, arguments, monkeypatch, capsys):
+    answer = script.answer
+
+    def answer_and_start_again(*given):
+        assert script.main(command(arguments)) == 2
+        assert "another evaluation is writing" in capsys.readouterr().err
+        answer(*given)
+
+    monkeypatch.setattr(script, "answer", answer_and_start_again)
+    assert script.main(command(arguments)) == 0
+    assert [path.name for path in arguments["--output"].parent.iterdir()] == ["out.json"]
+
+
+def test_script_refuses_an_output_that_is_a_folder(script, arguments, capsys):
+    arguments["--output"].mkdir(parents=True)
+    assert script.main(command(arguments)) == 2
+    assert "--output must be a file, got the folder" in capsys.readouterr().err
+
+
+def test_script_says_which_adapter_does_not_fit_which_base(script, arguments, tokenizer, tmp_path, capsys):
+    small = LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 16}, intermediate_size=8))
+    small.save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "plain")
+    arguments |= {"--adapter": tmp_path / "plain", "--model_name": tmp_path / "small"}
+    assert script.main(command(arguments)) == 2
+    assert f"{tmp_path / 'plain'} does not fit the base model" in capsys.readouterr().err
+    assert not partial(arguments).exists()
 
 
 def test_script_leaves_a_strange_partial_file_alone(script, arguments, capsys):

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: the training ends after its step, with a checkpoint, and goes on to the same weights."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lslora import report
 from lslora.checkpoints import last_whole_checkpoint
 from lslora.interruption import ONE_WISH, SIGNALS, StopOnSignal
 
@@ -131,3 +133,54 @@ def test_a_new_run_never_resumes_an_older_one_s_checkpoints(tiny, tmp_path, caps
     whole, problems = last_whole_checkpoint(tmp_path)
     assert whole == tmp_path / "checkpoint-3"
     assert [p.split(":")[0] for p in problems] == [str(tmp_path / f"checkpoint-{step}") for step in (6, 4)]
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_run_with_all_its_steps_behind_it_trains_no_more(tiny, tmp_path, capsys):
+    """As after a kill between the last checkpoint and the adapter."""
+    more = ["--save_steps", 3, "--lr_scheduler_type", "constant"]
+    assert train_lslora.main(arguments(tiny, tmp_path, *more)) == 0
+    before = weights(tmp_path)
+    for path in tmp_path.iterdir():
+        if path.is_file() and path.name != "run.json":
+            path.unlink()
+    assert train_lslora.main(arguments(tiny, tmp_path, *more, "--resume")) == 0
+    after = weights(tmp_path)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert not (tmp_path / "checkpoint-7").exists() and (tmp_path / "report.html").exists()
+    assert train_lslora.main(arguments(tiny, tmp_path, *more, "--resume", "--max_steps", 5)) == 2
+    assert "--max_steps of at least 6" in capsys.readouterr().err
+
+
+def test_a_run_that_was_stopped_is_not_lost_to_a_forgotten_resume(tiny, tmp_path, capsys):
+    hook = signal_after(3, signal.SIGTERM)
+    try:
+        assert train_lslora.main(arguments(tiny, tmp_path)) == 128 + signal.SIGTERM
+    finally:
+        hook.remove()
+    assert train_lslora.main(arguments(tiny, tmp_path, "--seed", 1)) == 2
+    assert "go on from" in capsys.readouterr().err
+    assert train_lslora.main(arguments(tiny, tmp_path, "--resume")) == 0
+
+
+def test_a_new_run_that_dies_early_is_not_reported_as_the_one_before(tiny, tmp_path):
+    assert train_lslora.main(arguments(tiny, tmp_path, "--save_steps", 100)) == 0
+    hook = signal_after(1, signal.SIGTERM)
+    try:
+        assert train_lslora.main(arguments(tiny, tmp_path, "--seed", 1)) == 128 + signal.SIGTERM
+    finally:
+        hook.remove()
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert report._load_state(tmp_path)["log_history"] == state["log_history"]
+
+
+def test_recommended_defaults_stay_when_a_run_is_prolonged(tiny, tmp_path):
+    given = arguments(tiny, tmp_path, "--recommended")
+    at = given.index("--calibration_steps")
+    del given[at : at + 2]
+    assert train_lslora.main(given) == 0
+    assert train_lslora.main([*given, "--resume", "--max_steps", "9"]) == 0
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["calibration_steps"] == 2

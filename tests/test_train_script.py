@@ -240,6 +240,14 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny, tmp_path, monkeypatch, 
         (["--resume"], "a checkpoint in"),
         (["--model_name", "nobody/no-such-model"], "the model nobody/no-such-model"),
         (["--chat_template"], "a chat template: the tokenizer of"),
+        (["--num_knots", 1], "num_knots must be at least 2, got 1"),
+        (["--k_min", 1], "0 must lie within k_min and k_max"),
+        (["--lora_dropout", 1.5], "lora_dropout must"),
+        (["--spline_lr_ratio", 0], "spline_lr_ratio must be positive, got 0"),
+        (["--lr_scheduler_type", "stairs"], "stairs"),
+        (["--optim", "adamx"], "adamx"),
+        (["--report_to", "wanb"], "wanb"),
+        (["--target_modules", "nowhere"], "nowhere"),
     ],
 )
 def test_what_cannot_run_says_so_before_anything_is_written(tiny, tmp_path, capsys, arguments, message):
@@ -248,6 +256,13 @@ def test_what_cannot_run_says_so_before_anything_is_written(tiny, tmp_path, caps
     assert run(tiny, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["max_steps", "batch_size", "r", "save_steps"])
+def test_counts_are_positive(tiny, tmp_path, capsys, name):
+    with pytest.raises(SystemExit, match="2"):
+        run(tiny, tmp_path / "out", f"--{name}", -1)
+    assert f"--{name}: must be at least 1, got -1" in capsys.readouterr().err
 
 
 def test_a_bad_row_stops_the_run_with_its_number(tiny, tmp_path, capsys):
@@ -367,6 +382,9 @@ def test_what_it_saves_is_exported_as_plain_lora(tiny, tmp_path, capsys):
     arguments = ["--adapter", tmp_path / "trained", "--dataset", data, "--output", tmp_path / "plain"]
     assert export_lslora.main([str(a) for a in (*arguments, "--tolerance", 0)]) == 2
     assert "error: the linear updates must be within 0 of the trained ones" in capsys.readouterr().err
+    over = [*arguments[:-1], tmp_path / "trained" / "." / "", "--tolerance", 1]
+    assert export_lslora.main([str(a) for a in over]) == 2
+    assert "must not be the folder of an LS-LoRA adapter" in capsys.readouterr().err
     alike = ["--tolerance", 1, "--eval_dataset", written(tmp_path / "eval.jsonl", [ALIKE])]
     assert export_lslora.main([str(a) for a in (*arguments, *alike)]) == 2
     assert "row with index 0: no option's tokens may begin" in capsys.readouterr().err

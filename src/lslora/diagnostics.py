@@ -179,10 +179,10 @@ def spline_table(records: list[Record], max_rows: int = 12) -> Table:
     from rich.table import Table
 
     table = Table(title=f"Splines of {len(records)} layers, those that deviate most")
-    table.add_column("layer", no_wrap=True)
+    table.add_column("layer", overflow="fold", min_width=10)
     for heading in ("deviation", "slope\nvariance", "input\nscale", "output\nscale", "live\nintervals"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict")
+    table.add_column("verdict", no_wrap=True)  # what the table is read for
     shown = sorted(records, key=lambda r: r["deviation"], reverse=True)[:max_rows]
     for record in shown:
         live = live_intervals(record)

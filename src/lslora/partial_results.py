@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .scoring import Prediction
 
 
@@ -21,18 +23,28 @@ class PartialResults:
         settings: Everything that the predictions depend on.
 
     Raises:
-        ValueError: the file is of an evaluation with other settings, or none of ours; it stays as it is.
+        ValueError: the file is of an evaluation with other settings that has predictions, or none of ours, or another
+            process is at it; it stays as it is.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.counts = path, Counter[str]()
-        end = self._check(settings) if path.exists() else 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("r+b" if path.exists() else "w+b")
-        self.file.truncate(end)
-        self.file.seek(0, os.SEEK_END)
-        if not end:
-            self.write(settings)
+        self._lock = FileLock(f"{path}.lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise ValueError(f"another evaluation is writing {path}: choose another --output") from error
+        try:
+            end = self._check(settings) if path.exists() else 0
+            self.file = path.open("r+b" if path.exists() else "w+b")
+            self.file.truncate(end)
+            self.file.seek(0, os.SEEK_END)
+            if not end:
+                self.write(settings)
+        except BaseException:
+            self._unlock()
+            raise
 
     def add(self, side: str, prediction: Prediction) -> None:
         """Write one prediction; it is kept whatever happens next to this process."""
@@ -43,14 +55,30 @@ class PartialResults:
         """The predictions of one side that are there now, in the order in which they came."""
         return islice(self._read(side), self.counts[side])
 
-    def delete(self) -> None:
-        """Close the file and remove it."""
+    def __enter__(self) -> PartialResults:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let another process go on; without a prediction there is nothing to go on from, and the file is removed."""
         self.file.close()
-        self.path.unlink()
+        if not self.counts:
+            self.path.unlink()
+        self._unlock()
+
+    def delete(self) -> None:
+        """Remove the closed file."""
+        self.path.unlink(missing_ok=True)
 
     def write(self, value: dict[str, Any]) -> None:
         self.file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
         self.file.flush()
+
+    def _unlock(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
 
     def _read(self, side: str) -> Iterator[Prediction]:
         with self.path.open("rb") as lines:
@@ -78,6 +106,8 @@ class PartialResults:
             different = [name for name in settings if header[name] != settings[name]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is no partial result of this script: {remedy}") from error
+        if different and not self.counts:
+            return 0
         if different:
             was = "; ".join(f"{name} was {header[name]!r} and is {settings[name]!r}" for name in different)
             raise ValueError(f"{self.path} holds results of other settings ({was}): {remedy}")

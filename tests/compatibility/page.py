@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from itertools import groupby
 
-from . import layers, life, options, tasks  # noqa: F401  (they register their operations)
+from . import layers, life, options, tasks, tools  # noqa: F401  (they register their operations)
 from .registry import OPERATIONS, PLACEMENTS, Operation, outcome
 
 PACKAGES = ("peft", "transformers", "torch")

@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         predictions = [read_predictions(Path(path)) for path in paths]
         comparison = scoring.compare(*predictions) if len(paths) == 2 else None
+        check_counts(paths, predictions)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -42,6 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("\nSecond file minus first in percentage points, paired, with 95 % intervals\n")
         print(scoring.format_comparison(comparison))
     return 0
+
+
+def check_counts(paths: list[str], predictions: list[list[dict[str, Any]]]) -> None:
+    """ValueError for files of different numbers of rows, whose accuracies would stand beside the first one's number."""
+    counts = {path: len(items) for path, items in zip(paths, predictions, strict=True)}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"files must be of the same rows, got {counts}")
 
 
 def load_scoring() -> ModuleType:

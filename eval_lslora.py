@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder; without it the base is measured")
     parser.add_argument("--dataset", type=Path, nargs="+", required=True, metavar="FILE", help="rows (JSON or JSONL)")
@@ -99,11 +99,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         help="auto: as in the checkpoint",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no tables, only errors")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    known = parser()
+    args = known.parse_args(arguments)
     if not (args.adapter or args.model_name):
-        parser.error("one of --adapter and --model_name is needed")
+        known.error("one of --adapter and --model_name is needed")
     if args.base and not args.adapter:
-        parser.error("--base compares with an adapter: give one with --adapter")
+        known.error("--base compares with an adapter: give one with --adapter")
     return args
 
 

@@ -33,7 +33,7 @@ WORST = 5  # layers shown
 
 def main(arguments: list[str] | None = None) -> int:
     """Export the adapter; 0 when it is written, 2 when it cannot be."""
-    args = parse_arguments(arguments)
+    args = parser().parse_args(arguments)
     try:
         examples = load_examples(args.dataset, chat_template=args.chat_template)[: args.rows]
         eval_rows = load_rows(args.eval_dataset) if args.eval_dataset else []
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the trained LS-LoRA adapter")
     parser.add_argument("--dataset", type=Path, required=True, metavar="FILE", help="what to fit on (JSON or JSONL)")
@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=0.1, help="largest relative error of a layer's update")
     parser.add_argument("--eval_dataset", type=Path, metavar="FILE", help="rows to answer before and after")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no tables, only errors")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def check_output(folder: Path) -> None:

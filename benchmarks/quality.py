@@ -44,7 +44,12 @@ def main(argv: list[str] | None = None) -> int:
     from .report import draw, report
 
     records = load_records(part, folder)
-    report(records, args.baseline)
+    if not records:
+        parser.error(f"{folder} has no results of this plan")
+    try:
+        report(records, args.baseline)
+    except ValueError as error:
+        parser.error(f"{folder}: {error}")
     if part == runs and args.baseline == "lora":
         draw(records, folder)
     return 0

@@ -140,9 +140,12 @@ def difference(cell: Cell, baseline: Cell, metric: str) -> Difference | None:
 def rate_table(cells: dict[tuple[int, str], Cell], metric: str) -> Table:
     """Means at every learning rate over the seeds that a method has at all of them."""
     rates = sorted({rate for cell in cells.values() for rate in cell})
-    table = Table(title=f"{metric} on the even rows, seeds that all rates of a method have, {METRICS[metric][2]}")
+    table = Table(
+        title=f"{metric} on the even rows, seeds that all rates of a method have, {METRICS[metric][2]}",
+        caption="best lr: of the rates with the most seeds, over these seeds",
+    )
     for heading in ("r", "method", *(f"lr {rate:g}" for rate in rates), "best lr", "bracketed"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method")
     for (r, name), cell in sorted(cells.items()):
         common = common_seeds(cell)
         means = [f"{mean_score(common[rate], metric, EVEN):.4f}" if common.get(rate) else "" for rate in rates]
@@ -155,7 +158,7 @@ def difference_table(cells: dict[tuple[int, str], Cell], metric: str, baseline: 
     """Every method at its best learning rate, and its paired difference from the baseline at its own."""
     table = Table(title=f"{metric} on the odd rows, each method at its best learning rate")
     for heading in ("r", "method", "lr", "seeds", "parameters", "mean", f"minus {baseline}", "95 % interval", "p"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method")
     for (r, name), cell in sorted(cells.items()):
         rate = best_rate(cell)
         found = list(cell[rate].values())
@@ -172,7 +175,7 @@ def spline_table(cells: dict[tuple[int, str], Cell]) -> Table:
     """What the splines of every method look like at its best learning rate, averaged over layers and seeds."""
     table = Table(title="splines, each method at its best learning rate")
     for heading in ("r", "method", "deviation", "slope variance", "input scale", "output scale", "live layers"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method")
     for (r, name), cell in sorted(cells.items()):
         layers = [layer for record in cell[best_rate(cell)].values() for layer in record.get("splines", ())]
         if layers:

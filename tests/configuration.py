@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from lslora.training import RECOMMENDED_LR_RATIO, SplineTrainerMixin
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import eval_lslora  # noqa: E402
+import export_lslora  # noqa: E402
 import train_lslora  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
@@ -49,7 +53,8 @@ def page() -> str:
     for owner in (SplineTrainerMixin, SplineCallback):
         rows = [(f"`{name}`", code(default_of(owner, name)), text) for name, text in arguments_of(owner).items()]
         parts.append(f"## {owner.__name__}\n\n{first_sentence(owner)}\n\n{table(('argument', 'default', ''), rows)}")
-    parts.append("## train_lslora.py\n\n" + options())
+    for script in (train_lslora, eval_lslora, export_lslora):
+        parts.append(f"## {script.__name__}.py\n\n{options(script.parser())}")
     return "\n".join(parts)
 
 
@@ -77,22 +82,33 @@ def code(value: Any) -> str:
     return f"`{value!r}`"
 
 
-def options() -> str:
-    """The options of the training script by groups."""
-    parts = []
-    for group in train_lslora.parser()._action_groups[2:]:
-        rows = [
-            (f"`{action.option_strings[0]}`", shown(action.default), action.help or "")
-            for action in group._group_actions
-        ]
-        parts.append(f"### {group.title}\n\n{table(('option', 'default', ''), rows)}")
-    return "\n".join(parts)
+def options(parser: argparse.ArgumentParser) -> str:
+    """The options of a script, by its groups if it has any."""
+    _, plain, *groups = parser._action_groups
+    if not groups:
+        return option_table(action for action in plain._group_actions if action.dest != "help")
+    return "\n".join(f"### {group.title}\n\n{option_table(group._group_actions)}" for group in groups)
 
 
-def shown(default: Any) -> str:
-    if isinstance(default, list):
-        return f"`{' '.join(default)}`"
-    return "" if default in (None, False) else f"`{default}`"
+def option_table(actions: Iterable[argparse.Action]) -> str:
+    rows = [
+        (", ".join(f"`{name}`" for name in action.option_strings), shown(action), explained(action))
+        for action in actions
+    ]
+    return table(("option", "default", ""), rows)
+
+
+def shown(action: argparse.Action) -> str:
+    if action.required:
+        return "required"
+    if isinstance(action.default, list):
+        return f"`{' '.join(action.default)}`"
+    return "" if action.default is None or action.default is False else f"`{action.default}`"
+
+
+def explained(action: argparse.Action) -> str:
+    choices = ", ".join(f"`{choice}`" for choice in action.choices or ())
+    return "; ".join(filter(None, (choices, action.help)))
 
 
 def table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -79,6 +79,12 @@ def test_three_files_stand_side_by_side(write):
     assert all(str(path) in result.stdout.splitlines()[2] for path in paths)
 
 
+def test_three_files_of_different_numbers_of_rows_are_refused(write):
+    result = run(*(write(f"{row}.json", {"predictions": predictions(row)}) for row in ("1110", "11101", "1")))
+    assert result.returncode == 2
+    assert "files must be of the same rows" in result.stderr and result.stdout == ""
+
+
 def test_two_files_with_different_items_are_refused(write):
     result = run(
         write("a.json", {"predictions": predictions("1110")}), write("b.json", {"predictions": predictions("11101")})

@@ -107,6 +107,11 @@ def test_occupancy_of_those_that_were_observed():
         plot_occupancy([record("0")])
 
 
+def test_a_course_without_entries_is_refused():
+    with pytest.raises(ValueError, match="fewer steps than logging_steps"):
+        plot_course([])
+
+
 def test_course_has_every_layer_and_the_mean():
     course = [{"step": s, "layers": {"a": [0.1 * s, 0.0], "b": [0.3 * s, 1.0]}} for s in (1, 2, 5)]
     deviation, variance = drawn(plot_course(course)).axes[:2]

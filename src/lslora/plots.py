@@ -133,8 +133,13 @@ def plot_course(course: Sequence[dict[str, Any]]) -> Figure:
     """Deviation and slope variance of every layer over the training steps, coloured by depth, with their mean.
 
     Args:
-        course: What `lslora.callback.load_course` returns, at least one entry.
+        course: What `lslora.callback.load_course` returns.
+
+    Raises:
+        ValueError: nothing was logged.
     """
+    if not course:
+        raise ValueError("a course must have an entry: the training had fewer steps than logging_steps")
     steps = [entry["step"] for entry in course]
     layers = list(course[-1]["layers"])
     figure = Figure(figsize=(9, 3.4), layout="constrained")

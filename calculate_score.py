@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_counts(paths: list[str], predictions: list[list[dict[str, Any]]]) -> None:
-    """ValueError for files of different numbers of rows, whose accuracies would stand beside the first one's number."""
+    """ValueError for files of different numbers of rows: their accuracies would stand beside the first one's."""
     counts = {path: len(items) for path, items in zip(paths, predictions, strict=True)}
     if len(set(counts.values())) > 1:
         raise ValueError(f"files must be of the same rows, got {counts}")

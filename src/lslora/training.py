@@ -50,8 +50,8 @@ def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr_ratio: f
         return
     settings = [{name: value for name, value in group.items() if name not in NOT_SHARED} for group in sources]
     for name in settings[0]:
-        if any(found[name] != settings[0][name] for found in settings):
-            values = [found[name] for found in settings]
+        if any(found.get(name) != settings[0][name] for found in settings):
+            values = [found.get(name) for found in settings]
             raise ValueError(f"spline parameters must come from groups of one {name}, got {values}")
     rate = settings[0]["lr"]
     if rate is None:

@@ -107,6 +107,7 @@ class WeightVariant(SplineVariant):
 
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS_ON_ALL = tuple(getattr(everywhere, f"_global{hooks}") for hooks in HOOKS)
 PLACEMENTS = {"output": OutputVariant, "bottleneck": BottleneckVariant, "weight": WeightVariant}
 
 
@@ -159,7 +160,7 @@ def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
     """
     if type(module) is not cls or "forward" in (own := vars(module)):
         return False
-    return not any(own[hooks] or getattr(everywhere, f"_global{hooks}") for hooks in HOOKS)
+    return not any(own[hooks] for hooks in HOOKS) and not any(HOOKS_ON_ALL)
 
 
 def _as_base(module: Any, update: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import os
 import shlex
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,23 @@ def library() -> ctypes.CDLL | str:
 
 def why_not(tensor: Tensor, dtype: torch.dtype) -> str | None:
     """Why this backend cannot take a tensor that is computed in `dtype`, or None if it can."""
+    return _why_not_tensor(tensor, dtype) or _why_not_here()
+
+
+def why_not_all(tensors: Iterable[Tensor]) -> str | None:
+    """Why this backend cannot take all of these, or None if it can."""
+    return next((why for t in tensors if (why := _why_not_tensor(t, t.dtype))), None) or _why_not_here()
+
+
+def _why_not_tensor(tensor: Tensor, dtype: torch.dtype) -> str | None:
     if not tensor.is_cpu:
         return f"the tensor is on {tensor.device}"
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"the tensor is a {type(tensor).__name__}"
-    if dtype != torch.float32:
-        return f"compiled for float32, not {dtype}"
+    return None if dtype == torch.float32 else f"compiled for float32, not {dtype}"
+
+
+def _why_not_here() -> str | None:
     if reason := why_hidden():
         return reason
     found = library()

@@ -80,7 +80,7 @@ def why_not(x: Tensor, base_weight: Tensor, base_bias: Tensor | None, a: Tensor,
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     tensors = (x, base_weight, a, b) if base_bias is None else (x, base_weight, a, b, base_bias)
-    return next((reason for tensor in tensors if (reason := cpu.why_not(tensor, tensor.dtype))), None)
+    return cpu.why_not_all(tensors)
 
 
 def _forward(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:

@@ -82,9 +82,7 @@ def backend_for(result: Tensor, h: Tensor, weight: Tensor) -> ModuleType | str:
         return triton_update.why_not(result, h, weight) or triton_update
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    return next(
-        (reason for tensor in (result, h, weight) if (reason := cpu.why_not(tensor, tensor.dtype))), cpu_update
-    )
+    return cpu.why_not_all((result, h, weight)) or cpu_update
 
 
 class _Update(torch.autograd.Function):

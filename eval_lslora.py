@@ -13,10 +13,11 @@ import hashlib
 import random
 import signal
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -27,12 +28,13 @@ from lslora.adapter_files import check_adapter_files
 from lslora.answers import SCORERS
 from lslora.data import Row, RowFile
 from lslora.embedded import resolve_model_name
-from lslora.evaluation import check_rows, in_row_order, predict
+from lslora.evaluation import by_index, check_rows, in_row_order, predict
 from lslora.files import write_json_whole
 from lslora.partial_results import PartialResults
 from lslora.progress import bars_hidden, hide_library_bars
 from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
 
+T = TypeVar("T")
 ADAPTER, BASE = "adapter", "base"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -46,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--output must be a file, got the folder {args.output}")
         settings = settings_of(args)
         check_base(settings["model_name"])
-        check_questions(settings["model_name"], questions, args.scorer, chat_template=args.chat_template)
+        check_questions(
+            settings["model_name"], questions, args.scorer, chat_template=args.chat_template, place=questions.place
+        )
         partial = PartialResults(partial_path(args.output), settings)
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
@@ -155,12 +159,19 @@ def check_base(model_name: str) -> None:
         raise ValueError(f"the base model {model_name}: {str(error).splitlines()[0]}") from error
 
 
-def check_questions(model_name: str, rows: Collection[Row], scorer: str = "auto", *, chat_template: bool) -> None:
+def check_questions(
+    model_name: str,
+    rows: Collection[Row],
+    scorer: str = "auto",
+    *,
+    chat_template: bool,
+    place: Callable[[int], str] = by_index,
+) -> None:
     """ValueError, before the model is loaded, for rows that cannot be scored or asked with its chat template."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(model_name), trust_remote_code=False)
     if chat_template and not tokenizer.chat_template:
         raise ValueError(f"--chat_template needs a tokenizer that has one, that of {model_name} has none")
-    check_rows(tokenizer, rows, scorer, chat_template=chat_template)
+    check_rows(tokenizer, rows, scorer, chat_template=chat_template, place=place)
 
 
 def sha256(paths: list[Path]) -> str:
@@ -194,11 +205,21 @@ class Questions:
             for row in drawn(file, self._wanted(file), self.seed):
                 yield row | {"task": row["task"] or stem}
 
+    def place(self, index: int) -> str:
+        """The file of the row with this index, and its number there, from 1."""
+        for file in self.files:
+            wanted = self._wanted(file)
+            if index < wanted:
+                numbers = drawn(range(1, len(file) + 1), wanted, self.seed)
+                return f"{file.path}: row {next(islice(numbers, index, None))}"
+            index -= wanted
+        raise IndexError(f"there are {len(self)} rows")
+
     def _wanted(self, file: RowFile) -> int:
         return len(file) if self.limit is None else min(self.limit, len(file))
 
 
-def drawn(rows: Collection[Row], count: int, seed: int) -> Iterator[Row]:
+def drawn(rows: Collection[T], count: int, seed: int) -> Iterator[T]:
     """`count` of the rows in their order, any so many with the same probability: each if chance gives it a place."""
     rng = random.Random(seed)
     for row, left in zip(rows, range(len(rows), 0, -1), strict=True):

@@ -40,7 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
         base = base_name(args.adapter, args.model_name)
         check_output(args.output)
         check_base(base)
-        check_questions(base, eval_rows, chat_template=args.chat_template)
+        check_questions(
+            base,
+            eval_rows,
+            chat_template=args.chat_template,
+            place=lambda index: f"{args.eval_dataset}: row {index + 1}",
+        )
         results = export(args, base, examples, eval_rows)
         write_whole(args.output / "export.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     except (OSError, TypeError, ValueError) as error:

@@ -267,7 +267,7 @@ def usable_examples(args: argparse.Namespace, examples: list[Example], eval_rows
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(args.model_name), trust_remote_code=False)
     try:
-        check_rows(tokenizer, eval_rows, chat_template=args.chat_template)
+        check_rows(tokenizer, eval_rows, chat_template=args.chat_template, place=lambda index: f"row {index + 1}")
     except ValueError as error:
         raise ValueError(f"{args.eval_dataset_path}: {error}") from error
     fit = fit_examples(tokenizer, examples, args.max_length, loss_on_prompt=args.loss_on_prompt)

@@ -657,6 +657,19 @@ def test_script_writes_no_output_that_another_is_writing(script, arguments, monk
     assert [path.name for path in arguments["--output"].parent.iterdir()] == ["out.json"]
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+def test_script_knows_where_a_row_stands(script, tmp_path, limit):
+    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path in paths:
+        rows = [number_row(i) | {"task": f"{path.name}: row {i + 1}"} for i in range(7)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    questions = script.Questions(paths, limit, seed=3)
+    for index, row in enumerate(questions):
+        assert questions.place(index) == f"{tmp_path}/{row['task']}"
+    with pytest.raises(IndexError, match=f"there are {len(questions)} rows"):
+        questions.place(len(questions))
+
+
 def test_script_refuses_an_output_that_is_a_folder(script, arguments, capsys):
     arguments["--output"].mkdir(parents=True)
     assert script.main(command(arguments)) == 2
@@ -686,11 +699,11 @@ def test_script_leaves_a_strange_partial_file_alone(script, arguments, capsys):
     ("arguments_changed", "content", "message"),
     [
         ({}, '{"instruction": "x"}\n', "line 1: field 'output' is missing"),
-        ({}, '{"instruction": "x", "output": "y"}\n', "row with index 0: a row to be scored must have an answer"),
+        ({}, '{"instruction": "x", "output": "y"}\n', "rows.jsonl: row 1: a row to be scored must have an answer"),
         (
             {},
             json.dumps(choice_row(0)) + "\n" + json.dumps(choice_row(0, ("a", "a-b"))),
-            "row with index 1: no option's tokens may begin with all those of another",
+            "rows.jsonl: row 2: no option's tokens may begin with all those of another",
         ),
         ({"--dataset": "missing.jsonl"}, None, "missing.jsonl: cannot be read"),
         ({"--adapter": "missing"}, None, "--adapter must be a folder with adapter_config.json, got missing"),

@@ -310,9 +310,9 @@ ALIKE = {"instruction": "is rose red? Answer format: crimson/scarlet", "output":
         (
             [],
             [ROWS[0], ROWS[0] | {"answer": ""}],
-            "eval.jsonl: row with index 1: a row to be scored must have an answer",
+            "eval.jsonl: row 2: a row to be scored must have an answer",
         ),
-        ([], [ROWS[0], ALIKE], "eval.jsonl: row with index 1: no option's tokens may begin with all those of another"),
+        ([], [ROWS[0], ALIKE], "eval.jsonl: row 2: no option's tokens may begin with all those of another"),
     ],
 )
 def test_what_cannot_be_learned_or_scored_is_told_before_training(tiny, tmp_path, capsys, more, eval_rows, message):
@@ -387,7 +387,7 @@ def test_what_it_saves_is_exported_as_plain_lora(tiny, tmp_path, capsys):
     assert "must not be the folder of an LS-LoRA adapter" in capsys.readouterr().err
     alike = ["--tolerance", 1, "--eval_dataset", written(tmp_path / "eval.jsonl", [ALIKE])]
     assert export_lslora.main([str(a) for a in (*arguments, *alike)]) == 2
-    assert "row with index 0: no option's tokens may begin" in capsys.readouterr().err
+    assert "row 1: no option's tokens may begin" in capsys.readouterr().err
     assert not (tmp_path / "plain").exists()
     assert export_lslora.main([str(a) for a in (*arguments, "--tolerance", 1, "--eval_dataset", data)]) == 0
     assert "over 14 layers" in capsys.readouterr().out

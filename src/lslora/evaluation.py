@@ -115,28 +115,41 @@ def in_row_order(predictions: Iterable[Prediction], batch_size: int) -> Iterator
         yield from window
 
 
-def with_scorers(rows: Iterable[Row], scorer: str = "auto") -> Iterator[tuple[Row, str]]:
+def by_index(index: int) -> str:
+    """Where a row is, of rows that came from nowhere in particular."""
+    return f"row with index {index}"
+
+
+def with_scorers(
+    rows: Iterable[Row], scorer: str = "auto", place: Callable[[int], str] = by_index
+) -> Iterator[tuple[Row, str]]:
     """Decide for every row how it is scored, and check that it can be.
 
     Args:
         rows: Rows as `load_rows` returns them.
         scorer: See `choose_scorer`.
+        place: Index → where that row is, in words.
 
     Returns:
         Yields every row with `"likelihood"` or `"generate"`.
 
     Raises:
-        ValueError: a row cannot be scored so; the message gives its index.
+        ValueError: a row cannot be scored so; the message gives its place.
     """
     for index, row in enumerate(rows):
         try:
             yield row, choose_scorer(row, scorer)
         except ValueError as error:
-            raise ValueError(f"row with index {index}: {error}") from error
+            raise ValueError(f"{place(index)}: {error}") from error
 
 
 def check_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row], scorer: str = "auto", *, chat_template: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    scorer: str = "auto",
+    *,
+    chat_template: bool = False,
+    place: Callable[[int], str] = by_index,
 ) -> None:
     """Make sure, before a model is loaded or trained, that every row can be scored.
 
@@ -145,17 +158,18 @@ def check_rows(
         rows: Rows as `load_rows` returns them.
         scorer: See `choose_scorer`.
         chat_template: As for `score_options`.
+        place: As for `with_scorers`.
 
     Raises:
         ValueError: a row cannot be scored so, or its options cannot be told apart by their tokens; the message gives
-            its index.
+            its place.
     """
-    for index, (row, kind) in enumerate(with_scorers(rows, scorer)):
+    for index, (row, kind) in enumerate(with_scorers(rows, scorer, place)):
         if kind == "likelihood":
             try:
                 tokenize_options(tokenizer, row, chat_template)
             except ValueError as error:
-                raise ValueError(f"row with index {index}: {error}") from error
+                raise ValueError(f"{place(index)}: {error}") from error
 
 
 @torch.inference_mode()

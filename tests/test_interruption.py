@@ -40,6 +40,15 @@ def signal_after(step, number):
     return register_optimizer_step_post_hook(count)
 
 
+def stopped_after(step, number, given):
+    """Train until the signal comes, and see the training stopped by it."""
+    hook = signal_after(step, number)
+    try:
+        assert train_lslora.main(given) == 128 + number
+    finally:
+        hook.remove()
+
+
 @pytest.fixture(autouse=True)
 def heard():
     """Both signals as in a terminal: a shell may have this very process ignore Ctrl-C."""
@@ -54,11 +63,7 @@ def heard():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_stops_and_resume_ends_with_the_same_weights(tiny, tmp_path, capsys, number):
     assert train_lslora.main(arguments(tiny, tmp_path / "whole")) == 0
-    hook = signal_after(3, number)
-    try:
-        assert train_lslora.main(arguments(tiny, tmp_path / "cut")) == 128 + number
-    finally:
-        hook.remove()
+    stopped_after(3, number, arguments(tiny, tmp_path / "cut"))
     assert f"stopped by {number.name} after step 3, with a checkpoint in" in capsys.readouterr().err
     assert last_whole_checkpoint(tmp_path / "cut") == (tmp_path / "cut" / "checkpoint-3", [])
     assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
@@ -125,11 +130,7 @@ def test_resume_wants_the_settings_of_its_run(tiny, tmp_path, capsys):
 
 def test_a_new_run_never_resumes_an_older_one_s_checkpoints(tiny, tmp_path, capsys):
     assert train_lslora.main(arguments(tiny, tmp_path, "--save_steps", 2)) == 0
-    hook = signal_after(3, signal.SIGTERM)
-    try:
-        assert train_lslora.main(arguments(tiny, tmp_path, "--seed", 1)) == 128 + signal.SIGTERM
-    finally:
-        hook.remove()
+    stopped_after(3, signal.SIGTERM, arguments(tiny, tmp_path, "--seed", 1))
     whole, problems = last_whole_checkpoint(tmp_path)
     assert whole == tmp_path / "checkpoint-3"
     assert [p.split(":")[0] for p in problems] == [str(tmp_path / f"checkpoint-{step}") for step in (6, 4)]
@@ -156,11 +157,7 @@ def test_a_run_with_all_its_steps_behind_it_trains_no_more(tiny, tmp_path, capsy
 
 
 def test_a_run_that_was_stopped_is_not_lost_to_a_forgotten_resume(tiny, tmp_path, capsys):
-    hook = signal_after(3, signal.SIGTERM)
-    try:
-        assert train_lslora.main(arguments(tiny, tmp_path)) == 128 + signal.SIGTERM
-    finally:
-        hook.remove()
+    stopped_after(3, signal.SIGTERM, arguments(tiny, tmp_path))
     assert train_lslora.main(arguments(tiny, tmp_path, "--seed", 1)) == 2
     assert "go on from" in capsys.readouterr().err
     assert train_lslora.main(arguments(tiny, tmp_path, "--resume")) == 0
@@ -168,11 +165,7 @@ def test_a_run_that_was_stopped_is_not_lost_to_a_forgotten_resume(tiny, tmp_path
 
 def test_a_new_run_that_dies_early_is_not_reported_as_the_one_before(tiny, tmp_path):
     assert train_lslora.main(arguments(tiny, tmp_path, "--save_steps", 100)) == 0
-    hook = signal_after(1, signal.SIGTERM)
-    try:
-        assert train_lslora.main(arguments(tiny, tmp_path, "--seed", 1)) == 128 + signal.SIGTERM
-    finally:
-        hook.remove()
+    stopped_after(1, signal.SIGTERM, arguments(tiny, tmp_path, "--seed", 1))
     state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
     assert report._load_state(tmp_path)["log_history"] == state["log_history"]
 

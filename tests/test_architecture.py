@@ -12,7 +12,7 @@ ALLOWED = {
     "guards": {"adapter_files", "config", "config_file", "model"},
     "adapter_files": set(),
     "config_file": set(),
-    "model": {"config", "config_file", "layer"},
+    "model": {"config", "config_file", "layer", "placement"},
     "layer": {"config", "placement"},
     "placement": {"config", "spline"},
     "fp32": set(),

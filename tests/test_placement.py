@@ -170,6 +170,12 @@ def test_what_cannot_be_adapted_is_refused_before_a_layer_is_touched(wrong):
     assert type(net["first"]) is nn.Linear
 
 
+def test_a_second_adapter_is_refused_on_convolutions_too():
+    model = get_peft_model(nn.Sequential(nn.Conv1d(3, 3, 1)), LSLoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match="does not support convolutions"):
+        model.add_adapter("other", LSLoraConfig(r=2, target_modules=["0"], placement="weight"))
+
+
 def test_a_mergeable_adapter_merges_beside_one_that_is_not():
     model = adapted(placement="weight")
     model.add_adapter("other", LSLoraConfig(r=2, target_modules=["first", "gpt2"]))

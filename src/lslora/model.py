@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .config import LSLoraConfig
 from .config_file import brief
 from .layer import LSLoraLayer, adopt
+from .placement import CONVOLUTIONS, NO_CONVOLUTIONS
 
 
 class LSLoraModel(LoraModel):
@@ -120,8 +121,9 @@ def _check_targets(config: LSLoraConfig, model: nn.Module) -> None:
             raise ValueError(
                 f"LS-LoRA does not support nn.MultiheadAttention ({name}): peft merges the update to run it"
             )
-        if config.placement == "weight" and isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            raise ValueError(f"placement='weight' does not support convolutions ({name})")
+        base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        if config.placement == "weight" and isinstance(base, CONVOLUTIONS):
+            raise ValueError(f"{NO_CONVOLUTIONS} ({name})")
     as_lora = copy.deepcopy(config)
     as_lora.peft_type = PeftType.LORA
     if hasattr(model, "config"):

@@ -84,6 +84,12 @@ class WeightVariant(SplineVariant):
     mergeable = True
 
     @staticmethod
+    def init(module: Any, adapter_name: str, config: LSLoraConfig, **kwargs: Any) -> None:
+        if isinstance(module.get_base_layer(), CONVOLUTIONS):
+            raise ValueError(NO_CONVOLUTIONS)
+        SplineVariant.init(module, adapter_name, config)
+
+    @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         if isinstance(module, Embedding):
             update = _as_base(module, module._embed(x, module.get_delta_weight(active_adapter)))
@@ -106,6 +112,8 @@ class WeightVariant(SplineVariant):
         return orig_weight - _delta(module, active_adapter, orig_weight)
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NO_CONVOLUTIONS = "placement='weight' does not support convolutions"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 HOOKS_ON_ALL = tuple(getattr(everywhere, f"_global{hooks}") for hooks in HOOKS)
 PLACEMENTS = {"output": OutputVariant, "bottleneck": BottleneckVariant, "weight": WeightVariant}

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -137,6 +138,12 @@ def difference(cell: Cell, baseline: Cell, metric: str) -> Difference | None:
     return Difference(len(seeds), fmean(a) - fmean(b), low, high, test.pvalue)
 
 
+def add_column(table: Table, heading: str) -> None:
+    """Numbers to the right; methods' names, which must be told apart, whole and to the left."""
+    is_name = heading == "method"
+    table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)
+
+
 def rate_table(cells: dict[tuple[int, str], Cell], metric: str) -> Table:
     """Means at every learning rate over the seeds that a method has at all of them."""
     rates = sorted({rate for cell in cells.values() for rate in cell})
@@ -145,7 +152,7 @@ def rate_table(cells: dict[tuple[int, str], Cell], metric: str) -> Table:
         caption="best lr: of the rates with the most seeds, over these seeds",
     )
     for heading in ("r", "method", *(f"lr {rate:g}" for rate in rates), "best lr", "bracketed"):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method")
+        add_column(table, heading)
     for (r, name), cell in sorted(cells.items()):
         common = common_seeds(cell)
         means = [f"{mean_score(common[rate], metric, EVEN):.4f}" if common.get(rate) else "" for rate in rates]
@@ -158,7 +165,7 @@ def difference_table(cells: dict[tuple[int, str], Cell], metric: str, baseline: 
     """Every method at its best learning rate, and its paired difference from the baseline at its own."""
     table = Table(title=f"{metric} on the odd rows, each method at its best learning rate")
     for heading in ("r", "method", "lr", "seeds", "parameters", "mean", f"minus {baseline}", "95 % interval", "p"):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method")
+        add_column(table, heading)
     for (r, name), cell in sorted(cells.items()):
         rate = best_rate(cell)
         found = list(cell[rate].values())
@@ -175,7 +182,7 @@ def spline_table(cells: dict[tuple[int, str], Cell]) -> Table:
     """What the splines of every method look like at its best learning rate, averaged over layers and seeds."""
     table = Table(title="splines, each method at its best learning rate")
     for heading in ("r", "method", "deviation", "slope variance", "input scale", "output scale", "live layers"):
-        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading == "method")
+        add_column(table, heading)
     for (r, name), cell in sorted(cells.items()):
         layers = [layer for record in cell[best_rate(cell)].values() for layer in record.get("splines", ())]
         if layers:
@@ -186,15 +193,22 @@ def spline_table(cells: dict[tuple[int, str], Cell]) -> Table:
     return table
 
 
-def plot_rates(cells: dict[tuple[int, str], Cell], path: Path) -> None:
-    """nll against the learning rate over common seeds, one panel for each rank, one line for each method."""
+def rank_panels(cells: dict[tuple[int, str], Cell]) -> tuple[Figure, list[tuple[int, Axes, dict[str, Cell]]]]:
+    """A figure with a panel for each rank, and of every panel the rank, its axes and the methods' cells by name."""
     ranks = sorted({r for r, _ in cells})
     figure = Figure(figsize=(1 + 5 * len(ranks), 4.5), layout="constrained")
-    for axis, r in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks, strict=True):
-        for (rank, name), cell in sorted(cells.items()):
-            if rank == r:
-                points = [(lr, mean_score(seeds, "nll", EVEN)) for lr, seeds in common_seeds(cell).items() if seeds]
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
+    axes = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
+    methods = [{name: cell for (rank, name), cell in sorted(cells.items()) if rank == r} for r in ranks]
+    return figure, list(zip(ranks, axes, methods, strict=True))
+
+
+def plot_rates(cells: dict[tuple[int, str], Cell], path: Path) -> None:
+    """nll against the learning rate over common seeds, one panel for each rank, one line for each method."""
+    figure, panels = rank_panels(cells)
+    for r, axis, methods in panels:
+        for name, cell in methods.items():
+            points = [(lr, mean_score(seeds, "nll", EVEN)) for lr, seeds in common_seeds(cell).items() if seeds]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
         axis.set(xscale="log", xlabel="learning rate", title=f"r = {r}")
         axis.legend(fontsize=7)
     figure.supylabel("nll, even rows", fontsize=9)
@@ -226,12 +240,11 @@ def plot_differences(cells: dict[tuple[int, str], Cell], metrics: list[str], bas
 
 def plot_curves(cells: dict[tuple[int, str], Cell], path: Path) -> None:
     """Training loss by step, averaged over seeds and over windows of steps, each method at its best learning rate."""
-    ranks = sorted({r for r, _ in cells})
-    figure = Figure(figsize=(1 + 5 * len(ranks), 4.5), layout="constrained")
-    for axis, r in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks, strict=True):
-        for (rank, name), cell in sorted(cells.items()):
+    figure, panels = rank_panels(cells)
+    for r, axis, methods in panels:
+        for name, cell in methods.items():
             runs = [x["losses"] for x in cell[best_rate(cell)].values() if not x["diverged"]]
-            if rank == r and runs:
+            if runs:
                 means = [fmean(step) for step in zip(*runs, strict=True)]
                 smooth = [fmean(means[max(0, i + 1 - SMOOTHING) : i + 1]) for i in range(len(means))]
                 axis.plot(range(1, len(smooth) + 1), smooth, linewidth=1, label=name)
@@ -243,12 +256,9 @@ def plot_curves(cells: dict[tuple[int, str], Cell], path: Path) -> None:
 
 def plot_retained(cells: dict[tuple[int, str], Cell], path: Path) -> None:
     """What is left of what the model knew against what it learned, a point for each rate over common seeds."""
-    ranks = sorted({r for r, _ in cells})
-    figure = Figure(figsize=(1 + 5 * len(ranks), 4.5), layout="constrained")
-    for axis, r in zip(figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0], ranks, strict=True):
-        for (rank, name), cell in sorted(cells.items()):
-            if rank != r:
-                continue
+    figure, panels = rank_panels(cells)
+    for r, axis, methods in panels:
+        for name, cell in methods.items():
             common = {lr: seeds for lr, seeds in common_seeds(cell).items() if seeds}
             points = [[mean_score(x, metric, ODD) for x in common.values()] for metric in ("nll", "retained nll")]
             axis.plot(*points, marker="o", markersize=3, linewidth=1, label=name)

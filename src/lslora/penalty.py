@@ -69,6 +69,7 @@ def add_gradients(optimizer: Optimizer) -> None:
         ValueError: the optimizer is peft's LoRA-FA, which can step no spline.
     """
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    scale = getattr(optimizer, "grad_scale", None)
     for spline in _splines:
         weight = spline.weight
         if isinstance(optimizer, LoraFAOptimizer) and id(weight) in stepped:
@@ -76,7 +77,6 @@ def add_gradients(optimizer: Optimizer) -> None:
         if not spline.spline_reg_weight or spline.micro_batches is not None:
             continue
         if weight.grad is not None and id(weight) in stepped:
-            scale = getattr(optimizer, "grad_scale", None)
             gradient = _gradient(spline)
             weight.grad.add_(gradient if scale is None else gradient * scale.to(gradient.device))
 

@@ -10,7 +10,10 @@ from lslora.ops import triton as kernels
 from lslora.ops import triton_update as update
 
 NUMBERS = {"k_min": "fp32", "k_max": "fp32", "per_spacing": "fp32"}
-SPLINE = {"offset_at": "*fp32", "scale_in_at": "*fp32", "scale_out_at": "*fp32"}
+SCALES = {"scale_in_at": "*fp32", "scale_out_at": "*fp32"}
+SPLINE = {"offset_at": "*fp32", **SCALES}
+GRADIENTS = {f"grad_{name}": "*fp32" for name in SPLINE}
+SUMS = {"sums_at": "*fp64", "programs": "i32"}
 
 
 def compile_for(target, kernel, types, constants):
@@ -31,14 +34,31 @@ def main(architecture):
         for width, clamps in ((8, True), (64, False)):
             constants = {"last": width - 4, "clamps": clamps, "size": kernels.TILE, "width": width}
             compile_for(target, kernels._backward, types, constants)
+    constants = {"last": 7, "width": 16, "parts": kernels.PARTS}
+    compile_for(target, kernels._finish, SUMS | SPLINE | GRADIENTS, constants)
     for dtype, width_r, size in (("*bf16", 16, 64), ("*fp32", 256, 32)):
-        types = NUMBERS | SPLINE | {"scaling": "fp32", "n": "i32", "m": "i32", "r": "i32", "stretch_at": "*fp32"}
-        types |= dict.fromkeys(("result_at", "out_at", "g_at", "h_at", "b_at"), dtype)
-        types |= {"grad_h_at": "*fp32", "grad_b_at": "*fp32", "sums_at": "*fp64"}
-        constants = {"last": 7, "clamps": False, "rows": size, "columns": size, "width_r": width_r}
-        compile_for(target, update._forward, types, constants)
-        compile_for(target, update._backward_rows, types, constants | {"width": 16})
-        compile_for(target, update._backward_columns, types, constants)
+        for scales in ({}, dict.fromkeys(SCALES)):
+            compile_update(target, dtype, {"rows": size, "columns": size, "width_r": width_r}, scales)
+
+
+def compile_update(target, dtype, tiles, scales):
+    """`scales` names addresses that there are none of."""
+    types = NUMBERS | SPLINE | {"scaling": "fp32", "n": "i32", "m": "i32", "r": "i32", "stretch_at": "*fp32"}
+    types |= dict.fromkeys(("result_at", "out_at", "g_at", "h_at"), dtype)
+    types |= dict.fromkeys(("b_at", "grad_h_at", "grad_b_at"), "*fp32") | {"sums_at": "*fp64"}
+    constants = {"last": 7, "clamps": False, **tiles, **scales}
+    compile_for(target, update._forward, types, constants)
+    compile_for(target, update._backward_rows, types, constants | {"width": 16})
+    compile_for(target, update._backward_rows, types, constants | {"width": 16, "grad_b_at": None})
+    compile_for(target, update._backward_columns, types, constants)
+    types = SUMS | SPLINE | GRADIENTS
+    for name in "hb":
+        types |= {f"parts_{name}_at": "*fp32", f"parts_{name}": "i32", f"count_{name}": "i32"}
+        types |= {f"grad_{name}_at": dtype}
+    gone = {f"grad_{name}": None for name in scales}
+    gone |= {"scale_out_at": None} if scales else {}
+    constants = {"last": 7, "width": 16, "parts": kernels.PARTS, "size": update.SUM_SIZE}
+    compile_for(target, update._finish, types, constants | gone)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ def where_it_runs(backend):
     def there_and_back(function):
         def call(*arguments):
             found = function(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments))
-            return found.cpu() if isinstance(found, torch.Tensor) else tuple(tensor.cpu() for tensor in found)
+            return found.cpu() if isinstance(found, torch.Tensor) else tuple(t if t is None else t.cpu() for t in found)
 
         return call
 

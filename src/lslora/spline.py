@@ -173,7 +173,7 @@ class Spline(KeepsFp32):
         self._check_engine()
         if self.interpolation_method != "piecewise" or self.waits:
             return None
-        backend = backend_for(result, h, weight)
+        backend = backend_for(result, h, weight, self.num_knots)
         if isinstance(backend, str):
             return None
         return update(result, h, weight, *self._tensors(), scaling=scaling, backend=backend, **self._settings())

@@ -75,9 +75,9 @@ def library() -> ctypes.CDLL | str:
         return reason
 
 
-def why_not(tensor: Tensor, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot take a tensor that is computed in `dtype`, or None if it can."""
-    return _why_not_tensor(tensor, dtype) or _why_not_here()
+def why_not(tensor: Tensor, offsets: Tensor) -> str | None:
+    """Why this backend cannot compute a spline of a tensor, or None if it can."""
+    return _why_not_tensor(tensor, offsets.dtype) or _why_not_here()
 
 
 def why_not_all(tensors: Iterable[Tensor]) -> str | None:

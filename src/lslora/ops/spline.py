@@ -112,32 +112,32 @@ class _Piecewise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z, offsets, input_scale, output_scale)
         ctx.grid = grid
-        return _backend(z, offsets.dtype).forward(z, offsets, input_scale, output_scale, grid)
+        return _backend(z, offsets).forward(z, offsets, input_scale, output_scale, grid)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
-        return *_backend(grad_output, saved[1].dtype).backward(grad_output, *saved, ctx.grid), None
+        return *_backend(grad_output, saved[1]).backward(grad_output, *saved, ctx.grid), None
 
 
-def _backend(tensor: Tensor, dtype: torch.dtype) -> ModuleType:
-    """What computes a spline of `tensor` in `dtype`: the fastest backend that can, or the forced one."""
+def _backend(tensor: Tensor, offsets: Tensor) -> ModuleType:
+    """What computes a spline of `tensor`: the fastest backend that can, or the forced one."""
     if FORCED is not None:
-        return _forced(tensor, dtype)
-    if tensor.is_cuda and HAS_TRITON and not _module("triton").why_not(tensor, dtype):
+        return _forced(tensor, offsets)
+    if tensor.is_cuda and HAS_TRITON and not _module("triton").why_not(tensor, offsets):
         return _module("triton")
-    return eager if cpu.why_not(tensor, dtype) else cpu
+    return eager if cpu.why_not(tensor, offsets) else cpu
 
 
-def _forced(tensor: Tensor, dtype: torch.dtype) -> ModuleType:
+def _forced(tensor: Tensor, offsets: Tensor) -> ModuleType:
     """The backend that `LSLORA_BACKEND` names; ValueError if it cannot run."""
     if FORCED not in BACKENDS:
         raise ValueError(f"LSLORA_BACKEND must be one of {BACKENDS}, got {FORCED!r}")
     if FORCED == "triton" and not HAS_TRITON:
         raise ValueError("LSLORA_BACKEND=triton cannot run here: triton is not installed")
     backend = _module(FORCED)
-    if reason := backend.why_not(tensor, dtype):
+    if reason := backend.why_not(tensor, offsets):
         raise ValueError(f"LSLORA_BACKEND={FORCED} cannot run here: {reason}")
     return backend
 

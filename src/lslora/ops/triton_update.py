@@ -1,11 +1,15 @@
 """The whole update on CUDA: `result + σ · spline(s · h Bᵀ / σ)` in tiles that never leave the chip.
 
-Forward, every program makes one tile of the output. Backward, `h Bᵀ` is computed again: one kernel goes along rows for
-the gradient of h and the spline's sums (`lslora.ops.triton`), one along columns for that of B. Each divides its way
-among several programs, which write to places of their own, added up at the end: no atomics, the same bits every time.
+Forward, every program makes one tile of the output. Backward, `h Bᵀ` is computed again. One kernel goes along rows for
+the gradient of h and the spline's sums (`lslora.ops.triton`), and for that of B: a product for every tile, added up
+over the tiles below one another later. Where r is so large that those products would move more than the gradient
+itself, a second kernel goes along columns instead. Each divides its way among several programs, which write to places
+of their own, and the last kernel adds these up: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,11 +18,29 @@ from torch import Tensor
 
 from . import reference
 from .tracing import why_hidden
-from .triton import add_sums, arguments, gradients, place, slope_of
+from .triton import (
+    FUSED, MAX_KNOTS, PARTS, add_scale_sums, add_sums, arguments, finish, place, slope_of, value_of,
+)  # fmt: skip
 
 MAX_R = 256
 PROGRAMS = 1024  # about what fills a GPU
 HALF = (torch.float16, torch.bfloat16)
+
+
+class Tiles(NamedTuple):
+    """Sizes of a tile of the output in a kernel, and what it is compiled with."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+FORWARD = Tiles(64, 64, 4)
+BACKWARD = Tiles(128, 64, 4)
+SMALL = Tiles(32, 32, 4)  # above the next
+MAX_R_LARGE_TILES = 64
+MAX_R_AT_ONCE = 32  # for one backward kernel instead of two
+SUM_SIZE = 1024  # numbers that a program of the last kernel adds up
 
 
 @triton.jit
@@ -35,10 +57,22 @@ def _store(at, tile, i, j, rows, columns):
 
 
 @triton.jit
+def _scale_at(offset_at):
+    """A scale from the address of its offset from 1; 1 without one."""
+    if offset_at is None:
+        return 1.0
+    else:
+        return 1.0 + tl.load(offset_at)
+
+
+@triton.jit
 def _stretch(at):
-    """The stretch, or 1 where it is not positive."""
-    stretch = tl.load(at)
-    return tl.where(stretch > 0, stretch, 1.0)
+    """The stretch, or 1 where there is none or it is not positive."""
+    if at is None:
+        return 1.0
+    else:
+        stretch = tl.load(at)
+        return tl.where(stretch > 0, stretch, 1.0)
 
 
 @triton.jit
@@ -48,9 +82,12 @@ def _gradient(
 ):  # fmt: skip
     """The gradient of a tile of h Bᵀ, and of its place u, p and slope · c."""
     z = tl.dot(h, tl.trans(b), input_precision="ieee") * factor
-    c, t, u, p, j = place(z, scale_in, k_min, k_max, per_spacing, last, clamps)
-    slope = slope_of(u, t, j, offset_at, per_spacing)
-    return tl.where(c == z, g * slope * (scale_in * scale_out * factor), 0.0), u, p, slope * c
+    c, t, u, p = place(z, scale_in, k_min, k_max, per_spacing, clamps)
+    slope = slope_of(u, t, p, offset_at, per_spacing, last, clamps)
+    grad_z = g * slope * (scale_in * scale_out * factor)
+    if clamps:
+        grad_z = tl.where(c == z, grad_z, 0.0)
+    return grad_z, u, p, slope * c
 
 
 @triton.jit
@@ -59,43 +96,51 @@ def _forward(
     k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0) * rows + tl.arange(0, rows)
-    j = tl.program_id(1) * columns + tl.arange(0, columns)
+    j = tl.program_id(0) * columns + tl.arange(0, columns)
+    i = tl.program_id(1) * rows + tl.arange(0, rows)
     k = tl.arange(0, width_r)
     stretch = _stretch(stretch_at)
-    z = tl.dot(_tile(h_at, i, k, n, r), tl.trans(_tile(b_at, j, k, m, r)), input_precision="ieee")
-    _, _, u, p, at = place(z * (scaling / stretch), tl.load(scale_in_at), k_min, k_max, per_spacing, last, clamps)
-    left, right = tl.load(offset_at + at), tl.load(offset_at + at + 1)
-    value = u + (left + (p - at.to(tl.float32)) * (right - left))
+    h = _tile(h_at, i, k, n, r)
+    b = _tile(b_at, j, k, m, r).to(h.dtype)
+    z = tl.dot(h, tl.trans(b), input_precision="ieee") * (scaling / stretch)
+    _, _, u, p = place(z, _scale_at(scale_in_at), k_min, k_max, per_spacing, clamps)
+    value = value_of(u, p, offset_at, last, clamps)
     base = _tile(result_at, i, j, n, m).to(tl.float32)
-    _store(out_at, base + tl.load(scale_out_at) * stretch * value, i, j, n, m)
+    _store(out_at, base + _scale_at(scale_out_at) * stretch * value, i, j, n, m)
 
 
 @triton.jit
 def _backward_rows(
-    g_at, h_at, b_at, grad_h_at, sums_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling, n, m, r,
-    k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
+    g_at, h_at, b_at, grad_h_at, grad_b_at, sums_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling,
+    n, m, r, k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Part `program_id(1)` of the gradient of h, (parts, n, r), and of the sums, (programs, width)."""
-    i, k = tl.program_id(0) * rows + tl.arange(0, rows), tl.arange(0, width_r)
-    scale_in, stretch = tl.load(scale_in_at), _stretch(stretch_at)
-    scale_out = tl.load(scale_out_at) * stretch
+    """Part `program_id(0)` of the gradient of h, (parts, n, r), and of the sums, (programs, width).
+
+    And part `program_id(1)` of the gradient of B, (programs there, m, r), if it has an address.
+    """
+    i, k = tl.program_id(1) * rows + tl.arange(0, rows), tl.arange(0, width_r)
+    scale_in, stretch = _scale_at(scale_in_at), _stretch(stretch_at)
+    scale_out = _scale_at(scale_out_at) * stretch
     h = _tile(h_at, i, k, n, r)
     grad_h, sums = tl.zeros((rows, width_r), tl.float32), tl.zeros((width,), tl.float64)
-    start = tl.program_id(1) * columns
-    while start < m:
+    for start in range(tl.program_id(0) * columns, m, tl.num_programs(0) * columns):
         j = start + tl.arange(0, columns)
-        b = _tile(b_at, j, k, m, r)
+        b = _tile(b_at, j, k, m, r).to(h.dtype)
         g = _tile(g_at, i, j, n, m).to(tl.float32)
         grad_z, u, p, slope_c = _gradient(
             g, h, b, scaling / stretch, offset_at, scale_in, scale_out, k_min, k_max, per_spacing, last, clamps
         )
-        grad_h += tl.dot(grad_z.to(b.dtype), b, input_precision="ieee")
-        sums = add_sums(sums, g, u, p, slope_c, tl.arange(0, width), last, clamps)
-        start += tl.num_programs(1) * columns
-    _store(grad_h_at + tl.program_id(1).to(tl.int64) * n * r, grad_h, i, k, n, r)
-    program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        sums = add_sums(sums, g, p, tl.arange(0, width), last, clamps)
+        if scale_in_at is not None:
+            sums = add_scale_sums(sums, g, u, slope_c, tl.arange(0, width), last)
+        grad_z = grad_z.to(h.dtype)
+        grad_h += tl.dot(grad_z, b, input_precision="ieee")
+        if grad_b_at is not None:
+            grad_b = tl.dot(tl.trans(grad_z), h, input_precision="ieee")
+            _store(grad_b_at + tl.program_id(1).to(tl.int64) * m * r, grad_b, j, k, m, r)
+    _store(grad_h_at + tl.program_id(0).to(tl.int64) * n * r, grad_h, i, k, n, r)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     tl.store(sums_at + program * width + tl.arange(0, width), sums * stretch)
 
 
@@ -107,12 +152,11 @@ def _backward_columns(
 ):  # fmt: skip
     """Part `program_id(1)` of the gradient of B, (parts, m, r)."""
     j, k = tl.program_id(0) * columns + tl.arange(0, columns), tl.arange(0, width_r)
-    scale_in, stretch = tl.load(scale_in_at), _stretch(stretch_at)
-    scale_out = tl.load(scale_out_at) * stretch
-    b = _tile(b_at, j, k, m, r)
+    scale_in, stretch = _scale_at(scale_in_at), _stretch(stretch_at)
+    scale_out = _scale_at(scale_out_at) * stretch
+    b = _tile(b_at, j, k, m, r).to(h_at.dtype.element_ty)
     grad_b = tl.zeros((columns, width_r), tl.float32)
-    start = tl.program_id(1) * rows
-    while start < n:
+    for start in range(tl.program_id(1) * rows, n, tl.num_programs(1) * rows):
         i = start + tl.arange(0, rows)
         h = _tile(h_at, i, k, n, r)
         g = _tile(g_at, i, j, n, m).to(tl.float32)
@@ -120,11 +164,39 @@ def _backward_columns(
             g, h, b, scaling / stretch, offset_at, scale_in, scale_out, k_min, k_max, per_spacing, last, clamps
         )
         grad_b += tl.dot(tl.trans(grad_z).to(h.dtype), h, input_precision="ieee")
-        start += tl.num_programs(1) * rows
     _store(grad_b_at + tl.program_id(1).to(tl.int64) * m * r, grad_b, j, k, m, r)
 
 
-def why_not(result: Tensor, h: Tensor, weight: Tensor) -> str | None:
+@triton.jit
+def _sum_parts(at, parts, count, out_at, program, size: tl.constexpr):
+    """Some of Σ over parts of (parts, count)."""
+    i = program * size + tl.arange(0, size)
+    total = tl.zeros((size,), tl.float32)
+    for part in range(parts):
+        total += tl.load(at + tl.full((1,), count, tl.int64) * part + i, i < count, 0.0)
+    tl.store(out_at + i, total.to(out_at.dtype.element_ty), i < count)
+
+
+@triton.jit
+def _finish(
+    parts_h_at, parts_h, count_h, grad_h_at, parts_b_at, parts_b, count_b, grad_b_at,
+    sums_at, programs, offset_at, scale_out_at, grad_offset_at, grad_scale_in_at, grad_scale_out_at,
+    last: tl.constexpr, width: tl.constexpr, parts: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the spline, of h and of B, from their parts."""
+    program, of_h = tl.program_id(0) - 1, tl.cdiv(count_h, size)
+    if program < 0:
+        finish(
+            sums_at, programs, offset_at, _scale_at(scale_out_at), grad_offset_at, grad_scale_in_at,
+            grad_scale_out_at, last, width, parts,
+        )  # fmt: skip
+    elif program < of_h:
+        _sum_parts(parts_h_at, parts_h, count_h, grad_h_at, program, size)
+    else:
+        _sum_parts(parts_b_at, parts_b, count_b, grad_b_at, program - of_h, size)
+
+
+def why_not(result: Tensor, h: Tensor, weight: Tensor, num_knots: int) -> str | None:
     """Why these kernels cannot take a result, h and weight, or None if they can."""
     for tensor in (result, h, weight):
         if not tensor.is_cuda:
@@ -133,6 +205,8 @@ def why_not(result: Tensor, h: Tensor, weight: Tensor) -> str | None:
             return f"written for float32, float16 and bfloat16, not {tensor.dtype}"
     if h.shape[-1] > MAX_R:
         return f"r must be at most {MAX_R}, got {h.shape[-1]}"
+    if num_knots > MAX_KNOTS:
+        return f"written for at most {MAX_KNOTS} knots, not {num_knots}"
     return why_hidden()
 
 
@@ -147,18 +221,17 @@ def forward(
     scaling: float,
     grid: reference.Grid,
 ) -> Tensor:
-    """As `lslora.ops.update.update`, with `weight` in the dtype of `h`."""
+    """As `lslora.ops.update.update`."""
     base, h, weight = _rows(result), _rows(h), weight.contiguous()
     out = torch.empty_like(base)
-    factors = _factors(offsets, input_scale_offset, output_scale_offset, stretch)
-    (n, m), tiles = base.shape, _tiles(h)
+    (n, m), r = base.shape, h.shape[1]
+    tiles, width_r = _tiles(FORWARD, n, r)
     if base.numel():
         numbers, settings = arguments(offsets, grid)
-        programs = (triton.cdiv(n, tiles["rows"]), triton.cdiv(m, tiles["columns"]))
         with torch.cuda.device_of(base):
-            _forward[programs](
-                base, h, weight, out, offsets.contiguous(), *factors, scaling,
-                n, m, h.shape[1], *numbers, **settings, **tiles,
+            _forward[(triton.cdiv(m, tiles.columns), triton.cdiv(n, tiles.rows))](
+                base, h, weight, out, offsets.contiguous(), input_scale_offset, output_scale_offset, stretch, scaling,
+                n, m, r, *numbers, **settings, **tiles._asdict(), **FUSED, width_r=width_r,
             )  # fmt: skip
     return out.view(result.shape)
 
@@ -173,45 +246,51 @@ def backward(
     stretch: Tensor | None,
     scaling: float,
     grid: reference.Grid,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `h` and `weight` (their dtype), `offsets` and both scales' offsets (float32)."""
-    shape, g, h, weight = h.shape, _rows(grad_output), _rows(h), weight.contiguous()
-    factors = _factors(offsets, input_scale_offset, output_scale_offset, stretch)
-    (n, m), r, tiles = g.shape, h.shape[1], _tiles(h)
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `h` and `weight` (their dtype), `offsets` and both scales' offsets (float32; None without them)."""
+    shape, g, h, weight, offsets = h.shape, _rows(grad_output), _rows(h), weight.contiguous(), offsets.contiguous()
+    factors = input_scale_offset, output_scale_offset, stretch
+    (n, m), r = g.shape, h.shape[1]
+    tiles, width_r = _tiles(BACKWARD, n, r)
     # At least one program, so that there are sums even of nothing.
-    across, down = max(1, triton.cdiv(n, tiles["rows"])), max(1, triton.cdiv(m, tiles["columns"]))
-    parts_h, parts_b = (max(1, min(b, PROGRAMS // a)) for a, b in ((across, down), (down, across)))
-    width = triton.next_power_of_2(len(offsets) + 2)
-    grad_h = g.new_empty(parts_h, n, r, dtype=torch.float32)
-    grad_weight = g.new_empty(parts_b, m, r, dtype=torch.float32)
-    sums = g.new_empty(across * parts_h, width, dtype=torch.float64)
+    across, down = max(1, triton.cdiv(m, tiles.columns)), max(1, triton.cdiv(n, tiles.rows))
+    parts_h, at_once = _parts(across, down), width_r <= MAX_R_AT_ONCE
+    parts_b = down if at_once else _parts(down, across)
+    width = triton.next_power_of_2(len(offsets) + 3)
+    in_parts_h = g.new_empty(parts_h, n, r, dtype=torch.float32)
+    in_parts_b = g.new_empty(parts_b, m, r, dtype=torch.float32)
+    sums = g.new_empty(down * parts_h, width, dtype=torch.float64)
+    found = [None if tensor is None else torch.empty_like(tensor) for tensor in (h, weight, offsets, *factors[:2])]
     numbers, settings = arguments(offsets, grid)
-    spline = (offsets.contiguous(), *factors, scaling, n, m, r, *numbers)
+    spline = (offsets, *factors, scaling, n, m, r, *numbers)
+    compiled = {**settings, **tiles._asdict(), **FUSED, "width_r": width_r}
     with torch.cuda.device_of(g):
-        _backward_rows[(across, parts_h)](g, h, weight, grad_h, sums, *spline, **settings, **tiles, width=width)
-        _backward_columns[(down, parts_b)](g, h, weight, grad_weight, *spline, **settings, **tiles)
-    found = gradients(sums.sum(0), offsets, factors[1])
-    return grad_h.sum(0).to(h.dtype).view(shape), grad_weight.sum(0).to(weight.dtype), *found
+        _backward_rows[(parts_h, down)](
+            g, h, weight, in_parts_h, in_parts_b if at_once else None, sums, *spline, **compiled, width=width
+        )
+        if not at_once:
+            _backward_columns[(across, parts_b)](g, h, weight, in_parts_b, *spline, **compiled)
+        _finish[(1 + triton.cdiv(n * r, SUM_SIZE) + triton.cdiv(m * r, SUM_SIZE),)](
+            in_parts_h, parts_h, n * r, found[0], in_parts_b, parts_b, m * r, found[1],
+            sums, len(sums), offsets, output_scale_offset, *found[2:],
+            last=settings["last"], width=width, parts=PARTS, size=SUM_SIZE,
+        )  # fmt: skip
+    return found[0].view(shape), *found[1:]
 
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
-def _factors(
-    offsets: Tensor, input_scale_offset: Tensor | None, output_scale_offset: Tensor | None, stretch: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both scales and the stretch as tensors, (1,) each."""
-    one = offsets.new_ones(1)
-    return (
-        one if input_scale_offset is None else 1 + input_scale_offset,
-        one if output_scale_offset is None else 1 + output_scale_offset,
-        one if stretch is None else stretch,
-    )
+def _tiles(tiles: Tiles, n: int, r: int) -> tuple[Tiles, int]:
+    """Tiles for n rows, and the power of two that r fits in (16 at least, for tensor cores)."""
+    width_r = max(16, triton.next_power_of_2(r))
+    if width_r > MAX_R_LARGE_TILES:
+        tiles = SMALL
+    rows = min(tiles.rows, max(16, triton.next_power_of_2(n)))
+    return tiles._replace(rows=rows), width_r
 
 
-def _tiles(h: Tensor) -> dict[str, int]:
-    """Sizes of a tile: of the output, and the power of two that r fits in (16 at least, for tensor cores)."""
-    width_r = max(16, triton.next_power_of_2(h.shape[1]))
-    size = 64 if width_r <= 64 else 32
-    return {"rows": size, "columns": size, "width_r": width_r}
+def _parts(along: int, across: int) -> int:
+    """Among how many programs to divide a way of so many tiles, where there are so many ways."""
+    return max(1, min(along, PROGRAMS // across))

@@ -43,7 +43,7 @@ def update(
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`.
         extrapolation: `"clamp"` or `"linear"`.
-        backend: What `backend_for` has found for `result`, `h` and `weight`, if it was asked before.
+        backend: What `backend_for` has found for these, if it was asked before.
 
     Returns:
         Shape and dtype of `result`.
@@ -52,7 +52,7 @@ def update(
         TypeError: the parameters are no floating-point tensors.
         ValueError: shapes or range are not as above, or `backend_for` names a reason.
     """
-    chosen = backend or backend_for(result, h, weight)
+    chosen = backend or backend_for(result, h, weight, len(offsets))
     if isinstance(chosen, str):
         raise ValueError(f"the update cannot be computed in one operation: {chosen}")
     out, r = weight.shape
@@ -63,15 +63,13 @@ def update(
         )
     parameters = spline.checked_parameters(offsets, input_scale_offset, output_scale_offset, torch.float32)
     settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
-    # Small layers pay for every call here, so that tensors are cast only where it changes them.
-    weight = weight if weight.dtype == h.dtype else weight.to(h.dtype)
     stretch = stretch if stretch is None else stretch.float()
     if not torch.is_grad_enabled():
         return chosen.forward(result, h, weight, *parameters, stretch, *settings)
     return _Update.apply(result, h, weight, *parameters, stretch, settings, chosen)
 
 
-def backend_for(result: Tensor, h: Tensor, weight: Tensor) -> ModuleType | str:
+def backend_for(result: Tensor, h: Tensor, weight: Tensor, num_knots: int) -> ModuleType | str:
     """What computes an update of these, or why nothing can; then it takes several operations."""
     name = "triton" if result.is_cuda and spline.HAS_TRITON else "cpu"
     if spline.FORCED not in (None, name):
@@ -79,7 +77,7 @@ def backend_for(result: Tensor, h: Tensor, weight: Tensor) -> ModuleType | str:
     if name == "triton":  # not everywhere, and slow to import
         from . import triton_update
 
-        return triton_update.why_not(result, h, weight) or triton_update
+        return triton_update.why_not(result, h, weight, num_knots) or triton_update
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     return cpu.why_not_all((result, h, weight)) or cpu_update

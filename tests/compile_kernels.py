@@ -29,16 +29,16 @@ def main(architecture):
     for dtype in ("fp32", "bf16", "fp16"):
         z = f"*{dtype}"
         types = NUMBERS | SPLINE | {"z_at": z, "out_at": z, "count": "i64"}
-        compile_for(target, kernels._forward, types, {"last": 3, "clamps": True, "size": kernels.TILE})
+        compile_for(target, kernels._forward, types, {"last": 3, "clamps": True, "side": kernels.SIDE})
         types |= {"g_at": z, "grad_z_at": z, "sums_at": "*fp64", "tiles": "i32"}
-        for width, clamps in ((8, True), (64, False)):
-            constants = {"last": width - 4, "clamps": clamps, "size": kernels.TILE, "width": width}
+        for width, clamps in ((8, True), (16, False)):
+            constants = {"last": width - 4, "clamps": clamps, "side": kernels.SIDE, "width": width}
             compile_for(target, kernels._backward, types, constants)
-    constants = {"last": 7, "width": 16, "parts": kernels.PARTS}
+    constants = {"last": 7, "width": 16}
     compile_for(target, kernels._finish, SUMS | SPLINE | GRADIENTS, constants)
-    for dtype, width_r, size in (("*bf16", 16, 64), ("*fp32", 256, 32)):
-        for scales in ({}, dict.fromkeys(SCALES)):
-            compile_update(target, dtype, {"rows": size, "columns": size, "width_r": width_r}, scales)
+    for dtype, width_r, size, scales in (("*bf16", 16, 64, {}), ("*fp32", 64, 32, dict.fromkeys(SCALES))):
+        tiles = {"rows": size, "columns": size, "width_r": width_r, "precision": "tf32x3"}
+        compile_update(target, dtype, tiles, scales)
 
 
 def compile_update(target, dtype, tiles, scales):
@@ -57,7 +57,7 @@ def compile_update(target, dtype, tiles, scales):
         types |= {f"grad_{name}_at": dtype}
     gone = {f"grad_{name}": None for name in scales}
     gone |= {"scale_out_at": None} if scales else {}
-    constants = {"last": 7, "width": 16, "parts": kernels.PARTS, "size": update.SUM_SIZE}
+    constants = {"last": 7, "width": 16, **update.SUM}
     compile_for(target, update._finish, types, constants | gone)
 
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 INTERPRETED = not torch.cuda.is_available()
 
@@ -13,9 +14,10 @@ def where_it_runs(backend):
         return backend
 
     def there_and_back(function):
-        def call(*arguments):
-            found = function(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments))
-            return found.cpu() if isinstance(found, torch.Tensor) else tuple(t if t is None else t.cpu() for t in found)
+        def call(*arguments, **named):
+            there = tree_map_only(torch.Tensor, torch.Tensor.cuda, (arguments, named))
+            found = function(*there[0], **there[1])
+            return tree_map_only(torch.Tensor, torch.Tensor.cpu, found)
 
         return call
 

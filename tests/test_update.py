@@ -1,6 +1,7 @@
 """The update in one operation: against its formula in float64, against calling the modules, and what it saves."""
 
 import importlib
+import itertools
 import math
 from collections import defaultdict
 
@@ -93,7 +94,7 @@ def backend(request, monkeypatch):
         ((3, 0), 4, 2, 3),
         ((301,), 33, 8, 33),
         ((133,), 200, 17, 5),
-        ((16,), 64, 256, 12),
+        ((16,), 64, 64, 12),
     ],
 )
 def test_output_and_every_gradient_equal_the_formula_in_float64(
@@ -321,7 +322,10 @@ def test_two_active_adapters_follow_one_another(counted):
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("extrapolation", ["clamp", "linear"])
 @pytest.mark.parametrize(("rows", "bias"), [((130,), True), ((2, 3), False), ((0,), True)])
-def test_a_whole_layer_and_every_gradient_equal_the_formula_in_float64(rows, bias, extrapolation, drops, poisoned):
+def test_a_whole_layer_and_every_gradient_equal_the_formula_in_float64(
+    rows, bias, extrapolation, drops, poisoned, backend, monkeypatch
+):
+    monkeypatch.setattr("lslora.ops.linear.backend_for", lambda *tensors: where_it_runs(backend))
     names = ("x", "a", "weight", "offsets", "input_scale", "output_scale", *(("dropped",) if drops else ()))
     generator = torch.Generator().manual_seed(3)
     _, _, weight, *rest = operands((1,), 70, 9)
@@ -448,3 +452,39 @@ def test_a_layer_saves_no_more_than_plain_lora(settings, dropout):
     assert plain >= 2 * 64 * 4 * 4  # h of both layers
     assert saved_bytes(ours, x) <= plain + few
     assert saved_bytes(by_modules(adapted(**dropout)), x) > plain + 64 * 8 * 4  # the check can fail
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("settings", [{}, {"extrapolation": "linear", "num_knots": 9, "learn_scales": False}])
+@pytest.mark.parametrize(
+    ("dtype", "autocasts", "names"),
+    [
+        (torch.float32, False, ["adapted_linear", "update", None]),
+        (torch.float32, True, ["adapted_linear", "update", None]),
+        (torch.bfloat16, True, ["adapted_linear", "update", None]),
+        (torch.bfloat16, False, ["update", "update", None]),  # A and B are in fp32
+    ],
+)
+def test_layers_on_a_gpu(settings, dtype, autocasts, names, counted):
+    """Pooled over draws, at most twice as far from their modules in float64 as these are in the same precision."""
+
+    def on_gpu(prepare, seed):
+        model = prepare(adapted(seed=seed, **settings).to("cuda"))
+        for name in ("0", "2"):
+            model.get_submodule(f"base_model.model.{name}.base_layer").to(dtype)
+        return model
+
+    errors = {kind: defaultdict(float) for kind in ("whole", "update", "modules")}
+    ways = zip(errors, (lambda model: model, by_updates, by_modules), names, strict=True)
+    for (kind, prepare, name), seed in itertools.product(list(ways), range(10)):
+        x = torch.randn(50, 6, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
+        expected = trained(on_gpu(by_modules, seed).double(), x.double())
+        counted.clear()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocasts):
+            found = trained(on_gpu(prepare, seed), x)
+        assert counted == ([name] * 2 if name else [])
+        for key, value in found.items():
+            errors[kind][key] += (value - expected[key]).square().sum().item()
+    for kind, key in itertools.product(("whole", "update"), errors["modules"]):
+        error, least = errors[kind][key] ** 0.5, errors["modules"][key] ** 0.5
+        assert error <= 2 * least + 1e-6, f"{kind}, {key}: {error:.2e}, {least:.2e}"

@@ -58,14 +58,15 @@ def whole_layer(module: Any, x: Tensor) -> Tensor | None:
     names = module.active_adapters
     if not isinstance(module, Linear) or module.disable_adapters or module.merged or len(names) != 1:
         return None
-    (name,), base = names, module.base_layer
+    (name,), parts = names, module._modules  # straight from where modules keep them: every layer pays for this
+    base = parts["base_layer"]
     if type(module.lora_variant.get(name)) is not OutputVariant or not _is_plain(base, nn.Linear):
         return None
-    spline = module.lora_spline[name]
-    a, b = _weight_alone(module.lora_A[name]), _weight_alone(module.lora_B[name])
+    spline, dropout = parts["lora_spline"][name], parts["lora_dropout"][name]
+    a, b = _weight_alone(parts["lora_A"][name]), _weight_alone(parts["lora_B"][name])
     if a is None or b is None or not _is_plain(spline, Spline):
         return None
-    return spline.adapted_linear(x, base, module.lora_dropout[name], a, b, module.scaling[name])
+    return spline.adapted_linear(x, base, dropout, a, b, module.scaling[name])
 
 
 class BottleneckVariant(SplineVariant):
@@ -158,7 +159,10 @@ def adapter(module: Any, name: str) -> Adapter:
 
 def _weight_alone(b: Any) -> Tensor | None:
     """The matrix that multiplying with is all that calling `b` does, or None."""
-    return b.weight if _is_plain(b, nn.Linear) and b.bias is None else None
+    if not _is_plain(b, nn.Linear):
+        return None
+    parameters = b._parameters
+    return parameters["weight"] if parameters["bias"] is None else None
 
 
 def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
@@ -166,9 +170,10 @@ def _is_plain(module: Any, cls: type[nn.Module]) -> bool:
 
     Wrappers do more, and hooks (sharding engines gather parameters in them), and a forward put in the class's place.
     """
-    if type(module) is not cls or "forward" in (own := vars(module)):
+    own = vars(module)
+    if type(module) is not cls or "forward" in own or any(HOOKS_ON_ALL):
         return False
-    return not any(own[hooks] for hooks in HOOKS) and not any(HOOKS_ON_ALL)
+    return not any(map(own.__getitem__, HOOKS))
 
 
 def _as_base(module: Any, update: Tensor) -> Tensor:

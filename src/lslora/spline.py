@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from . import calibration, penalty
 from .config import LSLoraConfig
 from .fp32 import KeepsFp32
-from .ops.linear import adapted_linear, why_not
+from .ops.linear import adapted_linear, backend_for_layer
 from .ops.spline import spline
 from .ops.update import backend_for, update
 
@@ -173,7 +173,7 @@ class Spline(KeepsFp32):
         self._check_engine()
         if self.interpolation_method != "piecewise" or self.waits:
             return None
-        backend = backend_for(result, h, weight, self.num_knots)
+        backend = backend_for((result, h, weight), h.dtype, h.shape[-1], self.num_knots)
         if isinstance(backend, str):
             return None
         return update(result, h, weight, *self._tensors(), scaling=scaling, backend=backend, **self._settings())
@@ -186,12 +186,15 @@ class Spline(KeepsFp32):
         See `lslora.ops.linear.adapted_linear`.
         """
         self._check_engine()
-        if self.interpolation_method != "piecewise" or self.waits or why_not(x, base.weight, base.bias, a, b):
+        if self.interpolation_method != "piecewise" or self.waits:
+            return None
+        layer = x, base.weight, base.bias, a, b
+        backend = backend_for_layer(*layer, self.num_knots)
+        if isinstance(backend, str):
             return None
         dropped = dropout(x)
-        tensors = x, base.weight, base.bias, a, b, *self._tensors()
         settings = {"scaling": scaling, "dropped": None if dropped is x else dropped, **self._settings()}
-        return adapted_linear(*tensors, asked=True, **settings)
+        return adapted_linear(*layer, *self._tensors(), backend=backend, **settings)
 
     def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The offsets, of the knots and of the scales, as a forward pass uses them."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from . import cpu, cpu_update, spline
+from . import spline
+from .reference import Grid
+from .update import backend_for
 
 
 def adapted_linear(
@@ -28,13 +31,13 @@ def adapted_linear(
     k_max: float,
     extrapolation: str = "clamp",
     dropped: Tensor | None = None,
-    asked: bool = False,
+    backend: ModuleType | None = None,
 ) -> Tensor:
     """`W0 x + b0 + σ · spline(s · B A x / σ)`: `lslora.ops.update.update` of a frozen linear layer's output.
 
-    Instead of five operations one, on CPUs and in float32. No tensor of the output's size is made but the output, and
-    the gradient of x is one product added to another; saved for the backward pass are x and h = A x.
-    A may be given something else than x, as with dropout.
+    Instead of five operations one. No tensor of the output's size is made but the output, and the gradient of x is one
+    product added to another; saved for the backward pass are x and h = A x. A may be given something else than x, as
+    with dropout. Under CUDA's autocast the products are computed in its dtype.
 
     Args:
         x: (…, in).
@@ -44,17 +47,34 @@ def adapted_linear(
         b: B, (out, r).
         offsets: As for `update`, like what follows.
         dropped: (…, in), what A multiplies; None for x.
-        asked: Whether `why_not` was asked before, and had no reason.
+        backend: What `backend_for_layer` has found, from callers that vouch for all the rest: it is not checked.
 
     Returns:
-        (…, out), float32.
+        (…, out), in the dtype of x or of autocast.
 
     Raises:
         TypeError: the parameters are no floating-point tensors.
-        ValueError: shapes or range are not as above, or `why_not` names a reason.
+        ValueError: shapes or range are not as above, or `backend_for_layer` names a reason.
     """
-    if reason := None if asked else why_not(x, base_weight, base_bias, a, b):
-        raise ValueError(f"the layer cannot be computed in one operation: {reason}")
+    if backend is None:
+        found = backend_for_layer(x, base_weight, base_bias, a, b, offsets.numel())
+        if isinstance(found, str):
+            raise ValueError(f"the layer cannot be computed in one operation: {found}")
+        backend = found
+        _check_shapes(x, base_weight, a, b, dropped)
+        offsets, input_scale_offset, output_scale_offset = spline.checked_parameters(
+            offsets, input_scale_offset, output_scale_offset, torch.float32
+        )
+        spline.checked_grid(k_min, k_max, extrapolation)
+    settings = scaling, Grid(k_min, k_max, extrapolation)
+    arguments = (
+        x, dropped, base_weight, base_bias, a, b, offsets, input_scale_offset, output_scale_offset, stretch,
+        settings, backend,
+    )  # fmt: skip
+    return _AdaptedLinear.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
+
+
+def _check_shapes(x: Tensor, base_weight: Tensor, a: Tensor, b: Tensor, dropped: Tensor | None) -> None:
     (out, inner), r = base_weight.shape, len(a)
     if x.shape[-1:] != (inner,) or a.shape != (r, inner) or b.shape != (out, r):
         raise ValueError(
@@ -65,29 +85,52 @@ def adapted_linear(
         raise ValueError(
             f"dropped must be as x, {tuple(x.shape)} {x.dtype}, got {tuple(dropped.shape)} {dropped.dtype}"
         )
-    parameters = spline.checked_parameters(offsets, input_scale_offset, output_scale_offset, torch.float32)
-    settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
-    arguments = x, dropped, base_weight, base_bias, a, b, *parameters, stretch, settings
-    return _AdaptedLinear.apply(*arguments) if torch.is_grad_enabled() else _forward(arguments)[0]
 
 
-def why_not(x: Tensor, base_weight: Tensor, base_bias: Tensor | None, a: Tensor, b: Tensor) -> str | None:
-    """Why a layer of these takes several operations, or None."""
+def backend_for_layer(
+    x: Tensor, base_weight: Tensor, base_bias: Tensor | None, a: Tensor, b: Tensor, num_knots: int
+) -> ModuleType | str:
+    """What computes a layer of these, or why nothing can; then it takes several operations."""
     if base_weight.requires_grad or (base_bias is not None and base_bias.requires_grad):
         return "the base layer is trained"
-    if spline.FORCED not in (None, "cpu"):
-        return f"LSLORA_BACKEND is {spline.FORCED}"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    tensors = (x, base_weight, a, b) if base_bias is None else (x, base_weight, a, b, base_bias)
-    return cpu.why_not_all(tensors)
+    products = (x, base_weight, a) if base_bias is None else (x, base_weight, a, base_bias)
+    dtype = x.dtype
+    if x.is_cuda:
+        if torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+        elif not all(tensor.dtype == dtype for tensor in products):
+            return f"x is {dtype} and something that it meets is not"
+        for tensor in products:
+            if type(tensor) not in (Tensor, nn.Parameter):
+                return f"a tensor is a {type(tensor).__name__}"
+    return backend_for((*products, b), dtype, a.shape[0], num_knots)
 
 
-def _forward(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """The output and h, from the arguments of `_AdaptedLinear`."""
-    x, dropped, base_weight, base_bias, a, b, offsets, scale_in, scale_out, stretch, (scaling, grid) = arguments
-    y, h = linear(x, base_weight, base_bias), linear(x if dropped is None else dropped, a)
-    return cpu_update.forward(y, h, b, offsets, scale_in, scale_out, stretch, scaling, grid, out=y), h
+def _forward(
+    x: Tensor,
+    dropped: Tensor | None,
+    base_weight: Tensor,
+    base_bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    scale_in: Tensor | None,
+    scale_out: Tensor | None,
+    stretch: Tensor | None,
+    settings: Any,
+    backend: ModuleType,
+) -> tuple[Tensor, ...]:
+    """The output and h, and what was multiplied: with A, and of weights W0 and A."""
+    if torch.is_autocast_enabled(x.device.type):
+        # Not left to autocast: it would keep what it casts without a gradient, for others to use.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, base_weight, a = x.to(dtype), base_weight.to(dtype), a.to(dtype)
+        dropped = dropped if dropped is None else dropped.to(dtype)
+        base_bias = base_bias if base_bias is None else base_bias.to(dtype)
+    multiplied = x if dropped is None else dropped
+    y, h = linear(x, base_weight, base_bias), linear(multiplied, a)
+    y = backend.forward(y, h, b, offsets, scale_in, scale_out, stretch, *settings, out=y)
+    return y, h, multiplied, base_weight, a
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -95,10 +138,9 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        x, dropped, base_weight, _, a, *rest, ctx.settings = arguments
-        y, h = _forward(arguments)
+        _, dropped, _, _, _, *rest, ctx.settings, ctx.backend = arguments
+        y, h, multiplied, base_weight, a = _forward(*arguments)
         ctx.is_dropped = dropped is not None
-        multiplied = dropped if ctx.is_dropped else x
         ctx.save_for_backward(multiplied if ctx.needs_input_grad[4] else None, base_weight, a, h, *rest)
         return y
 
@@ -106,17 +148,18 @@ class _AdaptedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         multiplied, base_weight, a, h, *rest = ctx.saved_tensors
-        wants_x, wants_dropped, _, _, wants_a, wants_b, *wants = ctx.needs_input_grad
-        grad_h, grad_b, *found = cpu_update.backward(grad_output, h, *rest, *ctx.settings)
-        rows = grad_h.view(-1, len(a))
+        wants_x, wants_dropped, _, _, wants_a, *wants = ctx.needs_input_grad
+        grad_h, *found = ctx.backend.backward(grad_output, h, *rest, *ctx.settings)
+        r, inner = a.shape
+        rows = grad_h.view(-1, r)
         grad_x = grad_dropped = grad_a = None
         if wants_x:
             grad_x = grad_output @ base_weight
             if not ctx.is_dropped:
-                grad_x.view(-1, a.shape[1]).addmm_(rows, a)
+                grad_x.view(-1, inner).addmm_(rows, a)
         if wants_dropped:
             grad_dropped = grad_h @ a
         if wants_a:
-            grad_a = rows.T @ multiplied.reshape(-1, a.shape[1])
+            grad_a = rows.T @ multiplied.reshape(-1, inner)
         gradients = (gradient if needed else None for gradient, needed in zip(found, wants, strict=False))
-        return grad_x, grad_dropped, None, None, grad_a, grad_b if wants_b else None, *gradients, None, None
+        return grad_x, grad_dropped, None, None, grad_a, *gradients, None, None, None

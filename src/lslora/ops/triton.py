@@ -1,14 +1,14 @@
 """The piecewise spline on CUDA: one kernel forward, one backward; see `reference` for the mathematics and notation.
 
-Nothing is looked up for an element. Its value and its slope are added up over the knots, `ramp_j(p)` rising from 0 to 1
-over interval j and `step_j(p)` at knot j, each a multiply-add that the GPU cuts to [0, 1] at no cost:
+Nothing is looked up for an element. Its value and its slope are added up over the knots, `ramp_j(p)` rising from 0 to
+1 over interval j and `step_j(p)` at knot j, each a multiply-add that the GPU cuts to [0, 1] at no cost:
 
     φ = u + offset_0 + Σ_j rise_j ramp_j(p)        φ' = 1 + (rise_0 + Σ_{j≥1} (rise_j − rise_{j−1}) step_j(p)) / Δk
 
-with `rise_j = offset_{j+1} − offset_j`. All gradients of the spline follow from Σ g and one sum an interval,
-`C[j] = Σ g ramp_j(p)`: the hat of knot i is `ramp_(i−1) − ramp_i`. Every program adds up its elements and writes its
-sums to a place of its own, so there are no atomics, two runs give the same bits, and a knot without elements beside it
-gets an exact zero: the same numbers are added up in the same order on both sides of it.
+with `rise_j = offset_{j+1} − offset_j`. All gradients of the spline follow from one sum an interval,
+`C[j] = Σ g ramp_j(p)`, and `Σ g (1 − ramp_0(p))`: the hat of knot i is `ramp_(i−1) − ramp_i`. Every program adds up
+its elements and writes its sums to a place of its own, so there are no atomics, two runs give the same bits, and a
+knot without elements beside it gets an exact zero: the same numbers are added up in the same order on both sides.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from . import reference
 from .tracing import why_hidden
 
-TILE = 1024  # elements at a time
+SIDE = 32  # of a square of elements, so many at a time
 MAX_PROGRAMS = 1024
-PARTS = 64  # programs whose sums are read at a time
+SUMS_AT_ONCE = tl.constexpr(4096)
 FUSED = {"enable_fp_fusion": True}  # multiply-adds; Triton 3.10 leaves them out unless told
 MAX_KNOTS = 64  # code is made for each, and `step` is exact for as many
 
@@ -56,7 +56,7 @@ def ramp(p, j: tl.constexpr, last: tl.constexpr, clamps: tl.constexpr):
 
 @triton.jit
 def step(p, j: tl.constexpr):
-    """1 from knot j on and 0 before it, but for a way of 2⁻¹⁸ intervals: one multiply-add, exact in float32 for j < 64."""
+    """1 from knot j on and 0 before it, but for a way of 2⁻¹⁸ intervals: a multiply-add, exact for j < 64."""
     return tl.minimum(tl.maximum(p * 262144.0 - (j * 262144.0 - 1.0), 0.0), 1.0)
 
 
@@ -84,62 +84,65 @@ def slope_of(u, t, p, offset_at, per_spacing, last: tl.constexpr, clamps: tl.con
 
 
 @triton.jit
-def total(x):
-    return tl.sum(x)
+def add_sums(sums, g, u, p, slope_c, last: tl.constexpr, clamps: tl.constexpr, of_scales: tl.constexpr):
+    """`sums` and on top of each that of the rows of a tile: Σ g (1 − ramp_0), C[0 … last], Σ g u and Σ g φ'(t) c.
 
-
-@triton.jit
-def add_sums(sums, g, p, columns, last: tl.constexpr, clamps: tl.constexpr):
-    """`sums`, (width,) float64, and on top of it Σ g and C[0 … last] of a tile."""
-    sums += tl.where(columns == 0, total(g), 0.0)
+    The last two are for the scales.
+    """
+    added = (sums[0] + tl.sum(g * (1.0 - ramp(p, 0, last, clamps)), 1),)
     for j in tl.static_range(last + 1):
-        sums += tl.where(columns == j + 1, total(g * ramp(p, j, last, clamps)), 0.0)
-    return sums
+        added += (sums[j + 1] + tl.sum(g * ramp(p, j, last, clamps), 1),)
+    if of_scales:
+        added += (sums[last + 2] + tl.sum(g * u, 1), sums[last + 3] + tl.sum(g * slope_c, 1))
+    return added
 
 
 @triton.jit
-def add_scale_sums(sums, g, u, slope_c, columns, last: tl.constexpr):
-    """The same with Σ g u and Σ g φ'(t) c, which the gradients of the scales need."""
-    sums += tl.where(columns == last + 2, total(g * u), 0.0)
-    return sums + tl.where(columns == last + 3, total(g * slope_c), 0.0)
-
-
-@triton.jit
-def sum_up(at, programs, columns, width, inside, parts: tl.constexpr):
-    """Σ over programs of (programs, width) at some columns, float64; 0 where not inside."""
-    sums = tl.zeros(columns.shape, tl.float64)
-    for start in range(0, programs, parts):
-        program = start + tl.arange(0, parts)
-        mask = (program < programs)[:, None] & inside[None, :]
-        sums += tl.sum(tl.load(at + program[:, None] * width + columns[None, :], mask, 0.0), 0)
-    return sums
+def store_sums(at, sums, factor, count: tl.constexpr):
+    """All rows' sums, float64."""
+    for j in tl.static_range(count):
+        tl.store(at + j, tl.sum(sums[j].to(tl.float64), 0) * factor)
 
 
 @triton.jit
 def finish(
     sums_at, programs, offset_at, scale_out, grad_offset_at, grad_scale_in_at, grad_scale_out_at,
-    last: tl.constexpr, width: tl.constexpr, parts: tl.constexpr,
+    last: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """The spline's gradients from the sums, (programs, width); see `reference.from_ramps`."""
+    at_once: tl.constexpr = SUMS_AT_ONCE // width
     i = tl.arange(0, width)
-    knots = sum_up(sums_at, programs, i, width, i < last + 2, parts)
-    knots -= sum_up(sums_at, programs, i + 1, width, i < last + 1, parts)
+    of_scales = grad_scale_out_at is not None or grad_scale_in_at is not None
+    sums, next_sums = tl.zeros((at_once, width), tl.float64), tl.zeros((at_once, width), tl.float64)
+    for start in range(0, programs, at_once):
+        program = start + tl.arange(0, at_once)
+        at, there = sums_at + program[:, None] * width + i[None, :], (program < programs)[:, None]
+        sums += tl.load(at, there & (i < (last + 4 if of_scales else last + 2))[None, :], 0.0)
+        next_sums += tl.load(at + 1, there & ((i > 0) & (i < last + 1))[None, :], 0.0)
+    sums = tl.sum(sums, 0)
+    knots = tl.where(i < last + 2, sums - tl.sum(next_sums, 0), 0.0)
     tl.store(grad_offset_at + i, (knots * scale_out).to(tl.float32), i < last + 2)
     if grad_scale_out_at is not None:
-        value = sum_up(sums_at, programs, i + 0, width, i == last + 2, parts)
-        value += knots * tl.load(offset_at + i, i < last + 2, 0.0)
+        value = tl.where(i == last + 2, sums, knots * tl.load(offset_at + i, i < last + 2, 0.0))
         tl.store(grad_scale_out_at, tl.sum(value, 0).to(tl.float32))
     if grad_scale_in_at is not None:
-        slope_c = sum_up(sums_at, programs, i + 0, width, i == last + 3, parts)
-        tl.store(grad_scale_in_at, tl.sum(slope_c * scale_out, 0).to(tl.float32))
+        slope_c = tl.sum(tl.where(i == last + 3, sums, 0.0), 0)
+        tl.store(grad_scale_in_at, (slope_c * scale_out).to(tl.float32))
+
+
+@triton.jit
+def square(tile, side: tl.constexpr):
+    """Indices of tile number `tile`, (side, side), int64."""
+    i = tl.arange(0, side)
+    return tl.full((1, 1), side * side, tl.int64) * tile + i[:, None] * side + i[None, :]
 
 
 @triton.jit
 def _forward(
     z_at, out_at, offset_at, scale_in_at, scale_out_at, count, k_min, k_max, per_spacing,
-    last: tl.constexpr, clamps: tl.constexpr, size: tl.constexpr,
+    last: tl.constexpr, clamps: tl.constexpr, side: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    i = square(tl.program_id(0), side)
     inside = i < count
     z = tl.load(z_at + i, inside, 0.0).to(tl.float32)
     _, _, u, p = place(z, tl.load(scale_in_at), k_min, k_max, per_spacing, clamps)
@@ -150,14 +153,13 @@ def _forward(
 @triton.jit
 def _backward(
     g_at, z_at, grad_z_at, sums_at, offset_at, scale_in_at, scale_out_at, count, tiles, k_min, k_max, per_spacing,
-    last: tl.constexpr, clamps: tl.constexpr, size: tl.constexpr, width: tl.constexpr,
+    last: tl.constexpr, clamps: tl.constexpr, side: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """Row `program` of sums, (programs, width), as `finish` reads it."""
     scale_in, scale_out = tl.load(scale_in_at), tl.load(scale_out_at)
-    columns = tl.arange(0, width)
-    sums = tl.zeros((width,), tl.float64)
+    sums = (tl.zeros((side,), tl.float32),) * (last + 4)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        i = tl.full((1,), size, tl.int64) * tile + tl.arange(0, size)
+        i = square(tile, side)
         inside = i < count
         g = tl.load(g_at + i, inside, 0.0).to(tl.float32)
         z = tl.load(z_at + i, inside, 0.0).to(tl.float32)
@@ -167,20 +169,18 @@ def _backward(
         if clamps:
             grad_z = tl.where(c == z, grad_z, 0.0)
         tl.store(grad_z_at + i, grad_z.to(grad_z_at.dtype.element_ty), inside)
-        sums = add_sums(sums, g, p, columns, last, clamps)
-        sums = add_scale_sums(sums, g, u, slope * c, columns, last)
-    tl.store(sums_at + tl.program_id(0) * width + columns, sums)
+        sums = add_sums(sums, g, u, p, slope * c, last, clamps, True)
+    store_sums(sums_at + tl.program_id(0) * width, sums, 1.0, last + 4)
 
 
 @triton.jit
 def _finish(
     sums_at, programs, offset_at, scale_out_at, grad_offset_at, grad_scale_in_at, grad_scale_out_at,
-    last: tl.constexpr, width: tl.constexpr, parts: tl.constexpr,
+    last: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    scale_out = tl.load(scale_out_at)
     finish(
-        sums_at, programs, offset_at, scale_out, grad_offset_at, grad_scale_in_at, grad_scale_out_at,
-        last, width, parts,
+        sums_at, programs, offset_at, tl.load(scale_out_at), grad_offset_at, grad_scale_in_at, grad_scale_out_at,
+        last, width,
     )  # fmt: skip
 
 
@@ -208,9 +208,10 @@ def forward(
     if z.numel():
         numbers, settings = arguments(offsets, grid)
         with torch.cuda.device_of(z):
-            _forward[(triton.cdiv(z.numel(), TILE),)](
-                z, out, offsets.contiguous(), input_scale, output_scale, z.numel(), *numbers, **settings, **FUSED, size=TILE
-            )
+            _forward[(ceil_div(z.numel(), SIDE * SIDE),)](
+                z, out, offsets.contiguous(), input_scale, output_scale, z.numel(),
+                *numbers, **settings, **FUSED, side=SIDE,
+            )  # fmt: skip
     return out
 
 
@@ -225,25 +226,33 @@ def backward(
     """Gradients of `z` (its dtype), `offsets`, `input_scale` and `output_scale` (float32)."""
     g, z, offsets = grad_output.contiguous(), z.contiguous(), offsets.contiguous()
     grad_z = z.new_empty(z.shape)
-    found = tuple(torch.empty_like(parameter) for parameter in (offsets, input_scale, output_scale))
-    width = triton.next_power_of_2(len(offsets) + 3)
-    tiles = triton.cdiv(z.numel(), TILE)
+    found = torch.empty_like(offsets), torch.empty_like(input_scale), torch.empty_like(output_scale)
+    width = power_of_2(offsets.numel() + 2)
+    tiles = ceil_div(z.numel(), SIDE * SIDE)
     programs = max(1, min(tiles, MAX_PROGRAMS))
     sums = z.new_empty(programs, width, dtype=torch.float64)
     numbers, settings = arguments(offsets, grid)
     with torch.cuda.device_of(z):
         _backward[(programs,)](
             g, z, grad_z, sums, offsets, input_scale, output_scale, z.numel(), tiles,
-            *numbers, **settings, **FUSED, size=TILE, width=width,
+            *numbers, **settings, **FUSED, side=SIDE, width=width,
         )  # fmt: skip
-        _finish[(1,)](
-            sums, programs, offsets, output_scale, *found, last=settings["last"], width=width, parts=PARTS
-        )
+        _finish[(1,)](sums, programs, offsets, output_scale, *found, last=settings["last"], width=width)
     return grad_z, *found
+
+
+# Triton's own take microseconds a call.
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2(count: int) -> int:
+    """The smallest that is not less."""
+    return 1 << (count - 1).bit_length()
 
 
 def arguments(offsets: Tensor, grid: reference.Grid) -> tuple[tuple[float, float, float], dict[str, int]]:
     """What kernels want to know of the grid: numbers, and what they are compiled for."""
-    per_spacing = 1 / reference.spacing(len(offsets), grid)
-    settings = {"last": len(offsets) - 2, "clamps": grid.extrapolation == "clamp"}
+    per_spacing = 1 / reference.spacing(offsets.numel(), grid)
+    settings = {"last": offsets.numel() - 2, "clamps": grid.extrapolation == "clamp"}
     return (grid.k_min, grid.k_max, per_spacing), settings

@@ -9,7 +9,9 @@ of their own, and the last kernel adds these up: no atomics, the same bits every
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,12 +21,23 @@ from torch import Tensor
 from . import reference
 from .tracing import why_hidden
 from .triton import (
-    FUSED, MAX_KNOTS, PARTS, add_scale_sums, add_sums, arguments, finish, place, slope_of, value_of,
+    FUSED,
+    MAX_KNOTS,
+    add_sums,
+    arguments,
+    ceil_div,
+    finish,
+    place,
+    power_of_2,
+    slope_of,
+    store_sums,
+    value_of,
 )  # fmt: skip
 
 MAX_R = 256
+MAX_R_FLOAT32 = 64  # more does not fit on the chip, and is slow
 PROGRAMS = 1024  # about what fills a GPU
-HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Tiles(NamedTuple):
@@ -32,15 +45,17 @@ class Tiles(NamedTuple):
 
     rows: int
     columns: int
-    num_warps: int
+    num_warps: int = 4
+    maxnreg: int | None = None  # registers of a thread
 
 
-FORWARD = Tiles(64, 64, 4)
-BACKWARD = Tiles(128, 64, 4)
-SMALL = Tiles(32, 32, 4)  # above the next
+# The fastest of a dozen on an H100.
+FORWARD = Tiles(32, 128)
+BACKWARD = Tiles(128, 32, maxnreg=168)
+SMALL = Tiles(32, 32)  # above the next
 MAX_R_LARGE_TILES = 64
 MAX_R_AT_ONCE = 32  # for one backward kernel instead of two
-SUM_SIZE = 1024  # numbers that a program of the last kernel adds up
+SUM = {"at_once": 16, "size": 256}  # parts and numbers of them that a program of the last kernel adds up
 
 
 @triton.jit
@@ -78,10 +93,10 @@ def _stretch(at):
 @triton.jit
 def _gradient(
     g, h, b, factor, offset_at, scale_in, scale_out, k_min, k_max, per_spacing,
-    last: tl.constexpr, clamps: tl.constexpr,
+    last: tl.constexpr, clamps: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of h Bᵀ, and of its place u, p and slope · c."""
-    z = tl.dot(h, tl.trans(b), input_precision="ieee") * factor
+    z = tl.dot(h, tl.trans(b), input_precision=precision) * factor
     c, t, u, p = place(z, scale_in, k_min, k_max, per_spacing, clamps)
     slope = slope_of(u, t, p, offset_at, per_spacing, last, clamps)
     grad_z = g * slope * (scale_in * scale_out * factor)
@@ -94,7 +109,7 @@ def _gradient(
 def _forward(
     result_at, h_at, b_at, out_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling, n, m, r,
     k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
-    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0) * columns + tl.arange(0, columns)
     i = tl.program_id(1) * rows + tl.arange(0, rows)
@@ -102,7 +117,7 @@ def _forward(
     stretch = _stretch(stretch_at)
     h = _tile(h_at, i, k, n, r)
     b = _tile(b_at, j, k, m, r).to(h.dtype)
-    z = tl.dot(h, tl.trans(b), input_precision="ieee") * (scaling / stretch)
+    z = tl.dot(h, tl.trans(b), input_precision=precision) * (scaling / stretch)
     _, _, u, p = place(z, _scale_at(scale_in_at), k_min, k_max, per_spacing, clamps)
     value = value_of(u, p, offset_at, last, clamps)
     base = _tile(result_at, i, j, n, m).to(tl.float32)
@@ -113,7 +128,7 @@ def _forward(
 def _backward_rows(
     g_at, h_at, b_at, grad_h_at, grad_b_at, sums_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling,
     n, m, r, k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
-    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr, width: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr, precision: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """Part `program_id(0)` of the gradient of h, (parts, n, r), and of the sums, (programs, width).
 
@@ -123,32 +138,33 @@ def _backward_rows(
     scale_in, stretch = _scale_at(scale_in_at), _stretch(stretch_at)
     scale_out = _scale_at(scale_out_at) * stretch
     h = _tile(h_at, i, k, n, r)
-    grad_h, sums = tl.zeros((rows, width_r), tl.float32), tl.zeros((width,), tl.float64)
+    of_scales: tl.constexpr = scale_in_at is not None or scale_out_at is not None
+    count: tl.constexpr = last + 4 if of_scales else last + 2
+    grad_h, sums = tl.zeros((rows, width_r), tl.float32), (tl.zeros((rows,), tl.float32),) * count
     for start in range(tl.program_id(0) * columns, m, tl.num_programs(0) * columns):
         j = start + tl.arange(0, columns)
         b = _tile(b_at, j, k, m, r).to(h.dtype)
         g = _tile(g_at, i, j, n, m).to(tl.float32)
         grad_z, u, p, slope_c = _gradient(
-            g, h, b, scaling / stretch, offset_at, scale_in, scale_out, k_min, k_max, per_spacing, last, clamps
-        )
-        sums = add_sums(sums, g, p, tl.arange(0, width), last, clamps)
-        if scale_in_at is not None:
-            sums = add_scale_sums(sums, g, u, slope_c, tl.arange(0, width), last)
+            g, h, b, scaling / stretch, offset_at, scale_in, scale_out, k_min, k_max, per_spacing,
+            last, clamps, precision,
+        )  # fmt: skip
+        sums = add_sums(sums, g, u, p, slope_c, last, clamps, of_scales)
         grad_z = grad_z.to(h.dtype)
-        grad_h += tl.dot(grad_z, b, input_precision="ieee")
+        grad_h += tl.dot(grad_z, b, input_precision=precision)
         if grad_b_at is not None:
-            grad_b = tl.dot(tl.trans(grad_z), h, input_precision="ieee")
+            grad_b = tl.dot(tl.trans(grad_z), h, input_precision=precision)
             _store(grad_b_at + tl.program_id(1).to(tl.int64) * m * r, grad_b, j, k, m, r)
     _store(grad_h_at + tl.program_id(0).to(tl.int64) * n * r, grad_h, i, k, n, r)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(sums_at + program * width + tl.arange(0, width), sums * stretch)
+    store_sums(sums_at + program * width, sums, stretch, count)
 
 
 @triton.jit
 def _backward_columns(
     g_at, h_at, b_at, grad_b_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling, n, m, r,
     k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
-    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """Part `program_id(1)` of the gradient of B, (parts, m, r)."""
     j, k = tl.program_id(0) * columns + tl.arange(0, columns), tl.arange(0, width_r)
@@ -161,50 +177,53 @@ def _backward_columns(
         h = _tile(h_at, i, k, n, r)
         g = _tile(g_at, i, j, n, m).to(tl.float32)
         grad_z, _, _, _ = _gradient(
-            g, h, b, scaling / stretch, offset_at, scale_in, scale_out, k_min, k_max, per_spacing, last, clamps
-        )
-        grad_b += tl.dot(tl.trans(grad_z).to(h.dtype), h, input_precision="ieee")
+            g, h, b, scaling / stretch, offset_at, scale_in, scale_out, k_min, k_max, per_spacing,
+            last, clamps, precision,
+        )  # fmt: skip
+        grad_b += tl.dot(tl.trans(grad_z).to(h.dtype), h, input_precision=precision)
     _store(grad_b_at + tl.program_id(1).to(tl.int64) * m * r, grad_b, j, k, m, r)
 
 
 @triton.jit
-def _sum_parts(at, parts, count, out_at, program, size: tl.constexpr):
+def _sum_parts(at, parts, count, out_at, program, at_once: tl.constexpr, size: tl.constexpr):
     """Some of Σ over parts of (parts, count)."""
     i = program * size + tl.arange(0, size)
-    total = tl.zeros((size,), tl.float32)
-    for part in range(parts):
-        total += tl.load(at + tl.full((1,), count, tl.int64) * part + i, i < count, 0.0)
-    tl.store(out_at + i, total.to(out_at.dtype.element_ty), i < count)
+    total = tl.zeros((at_once, size), tl.float32)
+    for start in range(0, parts, at_once):
+        part = start + tl.arange(0, at_once)
+        inside = (part < parts)[:, None] & (i < count)[None, :]
+        total += tl.load(at + part.to(tl.int64)[:, None] * count + i[None, :], inside, 0.0)
+    tl.store(out_at + i, tl.sum(total, 0).to(out_at.dtype.element_ty), i < count)
 
 
 @triton.jit
 def _finish(
     parts_h_at, parts_h, count_h, grad_h_at, parts_b_at, parts_b, count_b, grad_b_at,
     sums_at, programs, offset_at, scale_out_at, grad_offset_at, grad_scale_in_at, grad_scale_out_at,
-    last: tl.constexpr, width: tl.constexpr, parts: tl.constexpr, size: tl.constexpr,
+    last: tl.constexpr, width: tl.constexpr, at_once: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the spline, of h and of B, from their parts."""
     program, of_h = tl.program_id(0) - 1, tl.cdiv(count_h, size)
     if program < 0:
         finish(
             sums_at, programs, offset_at, _scale_at(scale_out_at), grad_offset_at, grad_scale_in_at,
-            grad_scale_out_at, last, width, parts,
+            grad_scale_out_at, last, width,
         )  # fmt: skip
     elif program < of_h:
-        _sum_parts(parts_h_at, parts_h, count_h, grad_h_at, program, size)
+        _sum_parts(parts_h_at, parts_h, count_h, grad_h_at, program, at_once, size)
     else:
-        _sum_parts(parts_b_at, parts_b, count_b, grad_b_at, program - of_h, size)
+        _sum_parts(parts_b_at, parts_b, count_b, grad_b_at, program - of_h, at_once, size)
 
 
-def why_not(result: Tensor, h: Tensor, weight: Tensor, num_knots: int) -> str | None:
-    """Why these kernels cannot take a result, h and weight, or None if they can."""
-    for tensor in (result, h, weight):
+def why_not(tensors: Iterable[Tensor], dtype: torch.dtype, r: int, num_knots: int) -> str | None:
+    """Why these kernels cannot work on all of these tensors, with an h of this dtype, or None if they can."""
+    for tensor in tensors:
         if not tensor.is_cuda:
             return f"a tensor is on {tensor.device}"
-        if tensor.dtype not in (torch.float32, *HALF):
+        if tensor.dtype not in DTYPES:
             return f"written for float32, float16 and bfloat16, not {tensor.dtype}"
-    if h.shape[-1] > MAX_R:
-        return f"r must be at most {MAX_R}, got {h.shape[-1]}"
+    if r > (limit := MAX_R_FLOAT32 if dtype == torch.float32 else MAX_R):
+        return f"r must be at most {limit} with an h of {dtype}, got {r}"
     if num_knots > MAX_KNOTS:
         return f"written for at most {MAX_KNOTS} knots, not {num_knots}"
     return why_hidden()
@@ -220,20 +239,23 @@ def forward(
     stretch: Tensor | None,
     scaling: float,
     grid: reference.Grid,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As `lslora.ops.update.update`."""
-    base, h, weight = _rows(result), _rows(h), weight.contiguous()
-    out = torch.empty_like(base)
-    (n, m), r = base.shape, h.shape[1]
-    tiles, width_r = _tiles(FORWARD, n, r)
+    """As `lslora.ops.update.update`; written to `out`, which may be `result` itself, if it is given."""
+    base, h, weight = result.contiguous(), h.contiguous(), weight.contiguous()
+    if out is None:
+        out = torch.empty_like(base)
     if base.numel():
+        m, r = weight.shape
+        n = h.numel() // r
         numbers, settings = arguments(offsets, grid)
+        compiled = _compiled(FORWARD, n, r, h)
         with torch.cuda.device_of(base):
-            _forward[(triton.cdiv(m, tiles.columns), triton.cdiv(n, tiles.rows))](
+            _forward[(ceil_div(m, compiled["columns"]), ceil_div(n, compiled["rows"]))](
                 base, h, weight, out, offsets.contiguous(), input_scale_offset, output_scale_offset, stretch, scaling,
-                n, m, r, *numbers, **settings, **tiles._asdict(), **FUSED, width_r=width_r,
+                n, m, r, *numbers, **settings, **compiled,
             )  # fmt: skip
-    return out.view(result.shape)
+    return out
 
 
 def backward(
@@ -247,48 +269,59 @@ def backward(
     scaling: float,
     grid: reference.Grid,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `h` and `weight` (their dtype), `offsets` and both scales' offsets (float32; None without them)."""
-    shape, g, h, weight, offsets = h.shape, _rows(grad_output), _rows(h), weight.contiguous(), offsets.contiguous()
+    """Gradients of `h` and `weight` (in their dtypes), `offsets` and both scales' offsets (None without them)."""
+    g, h, weight, offsets = grad_output.contiguous(), h.contiguous(), weight.contiguous(), offsets.contiguous()
     factors = input_scale_offset, output_scale_offset, stretch
-    (n, m), r = g.shape, h.shape[1]
-    tiles, width_r = _tiles(BACKWARD, n, r)
+    m, r = weight.shape
+    n = h.numel() // r
+    numbers, settings = arguments(offsets, grid)
+    compiled = _compiled(BACKWARD, n, r, h)
     # At least one program, so that there are sums even of nothing.
-    across, down = max(1, triton.cdiv(m, tiles.columns)), max(1, triton.cdiv(n, tiles.rows))
-    parts_h, at_once = _parts(across, down), width_r <= MAX_R_AT_ONCE
+    across, down = max(1, ceil_div(m, compiled["columns"])), max(1, ceil_div(n, compiled["rows"]))
+    parts_h, at_once = _parts(across, down), r <= MAX_R_AT_ONCE
     parts_b = down if at_once else _parts(down, across)
-    width = triton.next_power_of_2(len(offsets) + 3)
+    width = power_of_2(offsets.numel() + 2)
     in_parts_h = g.new_empty(parts_h, n, r, dtype=torch.float32)
     in_parts_b = g.new_empty(parts_b, m, r, dtype=torch.float32)
     sums = g.new_empty(down * parts_h, width, dtype=torch.float64)
     found = [None if tensor is None else torch.empty_like(tensor) for tensor in (h, weight, offsets, *factors[:2])]
-    numbers, settings = arguments(offsets, grid)
     spline = (offsets, *factors, scaling, n, m, r, *numbers)
-    compiled = {**settings, **tiles._asdict(), **FUSED, "width_r": width_r}
     with torch.cuda.device_of(g):
         _backward_rows[(parts_h, down)](
-            g, h, weight, in_parts_h, in_parts_b if at_once else None, sums, *spline, **compiled, width=width
-        )
-        if not at_once:
-            _backward_columns[(across, parts_b)](g, h, weight, in_parts_b, *spline, **compiled)
-        _finish[(1 + triton.cdiv(n * r, SUM_SIZE) + triton.cdiv(m * r, SUM_SIZE),)](
-            in_parts_h, parts_h, n * r, found[0], in_parts_b, parts_b, m * r, found[1],
-            sums, len(sums), offsets, output_scale_offset, *found[2:],
-            last=settings["last"], width=width, parts=PARTS, size=SUM_SIZE,
+            g, h, weight, in_parts_h, in_parts_b if at_once else None, sums, *spline,
+            **settings, **compiled, width=width,
         )  # fmt: skip
-    return found[0].view(shape), *found[1:]
+        if not at_once:
+            _backward_columns[(across, parts_b)](g, h, weight, in_parts_b, *spline, **settings, **compiled)
+        _finish[(1 + ceil_div(n * r, SUM["size"]) + ceil_div(m * r, SUM["size"]),)](
+            in_parts_h, parts_h, n * r, found[0], in_parts_b, parts_b, m * r, found[1],
+            sums, down * parts_h, offsets, output_scale_offset, *found[2:],
+            last=settings["last"], width=width, **SUM,
+        )  # fmt: skip
+    return tuple(found)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+def _compiled(tiles: Tiles, n: int, r: int, h: Tensor) -> dict[str, Any]:
+    """What a kernel is compiled for, with tiles for n rows at most."""
+    rows = tiles.rows if n >= tiles.rows else max(16, power_of_2(n))
+    return _settings(tiles, rows, r, h.dtype == torch.float32 and _has_tf32(h.device))
 
 
-def _tiles(tiles: Tiles, n: int, r: int) -> tuple[Tiles, int]:
-    """Tiles for n rows, and the power of two that r fits in (16 at least, for tensor cores)."""
-    width_r = max(16, triton.next_power_of_2(r))
+@cache
+def _settings(tiles: Tiles, rows: int, r: int, has_tf32: bool) -> dict[str, Any]:
+    width_r = max(16, power_of_2(r))  # as tensor cores have it
     if width_r > MAX_R_LARGE_TILES:
-        tiles = SMALL
-    rows = min(tiles.rows, max(16, triton.next_power_of_2(n)))
-    return tiles._replace(rows=rows), width_r
+        tiles, rows = SMALL, min(rows, SMALL.rows)
+    settings = {**tiles._asdict(), **FUSED, "rows": rows, "width_r": width_r}
+    if tiles.maxnreg is None or torch.version.hip:
+        del settings["maxnreg"]
+    return settings | {"precision": "tf32x3" if has_tf32 else "ieee"}
+
+
+@cache
+def _has_tf32(device: torch.device) -> bool:
+    """Whether a product of float32 can be put together from three on tensor cores, as good as one."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _parts(along: int, across: int) -> int:

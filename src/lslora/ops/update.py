@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import cpu, cpu_update, spline
+from . import cpu, cpu_update, reference, spline
 
 
 def update(
@@ -43,7 +43,7 @@ def update(
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`.
         extrapolation: `"clamp"` or `"linear"`.
-        backend: What `backend_for` has found for these, if it was asked before.
+        backend: What `backend_for` has found, from callers that vouch for all the rest: it is not checked.
 
     Returns:
         Shape and dtype of `result`.
@@ -52,35 +52,41 @@ def update(
         TypeError: the parameters are no floating-point tensors.
         ValueError: shapes or range are not as above, or `backend_for` names a reason.
     """
-    chosen = backend or backend_for(result, h, weight, len(offsets))
-    if isinstance(chosen, str):
-        raise ValueError(f"the update cannot be computed in one operation: {chosen}")
-    out, r = weight.shape
-    if result.shape != (*h.shape[:-1], out) or h.shape[-1] != r:
-        raise ValueError(
-            f"result, h and weight must have shapes (…, out), (…, r) and (out, r), "
-            f"got {tuple(result.shape)}, {tuple(h.shape)} and {tuple(weight.shape)}"
+    if backend is None:
+        found = backend_for((result, h, weight), h.dtype, h.shape[-1], offsets.numel())
+        if isinstance(found, str):
+            raise ValueError(f"the update cannot be computed in one operation: {found}")
+        backend = found
+        out, r = weight.shape
+        if result.shape != (*h.shape[:-1], out) or h.shape[-1] != r:
+            raise ValueError(
+                f"result, h and weight must have shapes (…, out), (…, r) and (out, r), "
+                f"got {tuple(result.shape)}, {tuple(h.shape)} and {tuple(weight.shape)}"
+            )
+        offsets, input_scale_offset, output_scale_offset = spline.checked_parameters(
+            offsets, input_scale_offset, output_scale_offset, torch.float32
         )
-    parameters = spline.checked_parameters(offsets, input_scale_offset, output_scale_offset, torch.float32)
-    settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
-    stretch = stretch if stretch is None else stretch.float()
+        spline.checked_grid(k_min, k_max, extrapolation)
+        stretch = stretch if stretch is None else stretch.float()
+    settings = scaling, reference.Grid(k_min, k_max, extrapolation)
+    arguments = result, h, weight, offsets, input_scale_offset, output_scale_offset, stretch
     if not torch.is_grad_enabled():
-        return chosen.forward(result, h, weight, *parameters, stretch, *settings)
-    return _Update.apply(result, h, weight, *parameters, stretch, settings, chosen)
+        return backend.forward(*arguments, *settings)
+    return _Update.apply(*arguments, settings, backend)
 
 
-def backend_for(result: Tensor, h: Tensor, weight: Tensor, num_knots: int) -> ModuleType | str:
-    """What computes an update of these, or why nothing can; then it takes several operations."""
-    name = "triton" if result.is_cuda and spline.HAS_TRITON else "cpu"
+def backend_for(tensors: tuple[Tensor, ...], dtype: torch.dtype, r: int, num_knots: int) -> ModuleType | str:
+    """What computes an update of all of these, h in `dtype`, or why nothing can; then it takes several operations."""
+    name = "triton" if tensors[0].is_cuda and spline.HAS_TRITON else "cpu"
     if spline.FORCED not in (None, name):
         return f"LSLORA_BACKEND is {spline.FORCED}"
     if name == "triton":  # not everywhere, and slow to import
         from . import triton_update
 
-        return triton_update.why_not(result, h, weight, num_knots) or triton_update
+        return triton_update.why_not(tensors, dtype, r, num_knots) or triton_update
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    return cpu.why_not_all((result, h, weight)) or cpu_update
+    return cpu.why_not_all(tensors) or cpu_update
 
 
 class _Update(torch.autograd.Function):

@@ -53,14 +53,18 @@ def wait(spline: Spline) -> None:
 
 @torch.no_grad()
 def observe(spline: Spline, z: Tensor) -> None:
-    """Count z by size; left out is a z that is zero throughout (B = 0: it says nothing) or not finite."""
+    """Count z by size; left out is a z that is zero throughout (B = 0: it says nothing) or not finite.
+
+    Nothing here waits for the device.
+    """
     flat = z.detach().flatten()
     sample = flat[:: _stride(len(flat))].float().abs()
-    if len(sample) and sample.any() and sample.isfinite().all():
-        places = ((sample.log2() - LOWEST) * PER_OCTAVE).clamp(0, BINS - 1).long()
-        counts = torch.bincount(places, minlength=BINS)
-        seen = _waiting[spline]
-        seen.counts = counts if seen.counts is None else seen.counts + counts
+    counted = (sample.any() & sample.isfinite().all()).long()
+    places = ((sample.nan_to_num().log2() - LOWEST) * PER_OCTAVE).clamp(0, BINS - 1).long()
+    seen = _waiting[spline]
+    if seen.counts is None:
+        seen.counts = torch.zeros(BINS, dtype=torch.long, device=z.device)
+    seen.counts.scatter_add_(0, places, counted.expand_as(places))
 
 
 def _stride(count: int) -> int:
@@ -97,7 +101,7 @@ def count_step(splines: Iterable[Spline]) -> None:
     """
     due = []
     for spline in sorted(set(splines) & set(_waiting), key=lambda spline: _waiting[spline].order):
-        if spline.is_calibrated:  # by a checkpoint loaded since
+        if not spline.waits:  # by a checkpoint loaded since
             del _waiting[spline]
         elif spline.weight.is_meta or not spline.weight.requires_grad:
             _waiting[spline].counts = None

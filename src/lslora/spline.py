@@ -60,6 +60,10 @@ class Spline(KeepsFp32):
         self._track()
 
     def _track(self) -> None:
+        # Where grid_scale stood when it was found to wait, and when the heights were found to be zero. In training
+        # nobody asks again before something is written to it: every answer would hold up the device.
+        self._waits_at: int | None = None
+        self._zero_at: int | None = None
         penalty.track(self)
         if self.grid_scale is not None and not self._calibrated:
             calibration.wait(self)
@@ -132,12 +136,25 @@ class Spline(KeepsFp32):
     @torch.no_grad()
     def steps_waited(self, steps: int) -> None:
         if self.waits:
-            cast(Tensor, self.grid_scale).fill_(-steps)
+            scale = cast(Tensor, self.grid_scale)
+            scale.fill_(-steps)
+            self._waits_at = self._zero_at = self._standing()
 
     @property
     def waits(self) -> bool:
         """Whether the grid is still to be measured; until then the spline is the identity."""
-        return self.grid_scale is not None and not self.is_calibrated
+        if self.grid_scale is None or self._calibrated:
+            return False
+        standing = self._standing()
+        if standing is not None and standing == self._waits_at:
+            return True
+        self._waits_at = standing
+        return not self.is_calibrated
+
+    def _standing(self) -> int | None:
+        """How often something was written to grid_scale, in training; None where that cannot be told."""
+        scale = cast(Tensor, self.grid_scale)
+        return scale._version if self.training and not scale.is_inference() else None
 
     def forward(self, z: Tensor) -> Tensor:
         """Shape and dtype of `z`, any shape; see `lslora.ops.spline.spline`."""
@@ -145,12 +162,14 @@ class Spline(KeepsFp32):
         if self.grid_scale is None:
             return self._spline(z)
         if self.waits:
-            if self.weight.detach().any():
+            standing = self._standing()
+            if (standing is None or standing != self._zero_at) and self.weight.detach().any():
                 raise ValueError(
                     "a spline with learned heights must have its grid_scale, a buffer, and that is not positive: "
                     "who copies an adapter must copy its state dict, not its parameters alone. TRL's reference "
                     "adapter is completed by lslora.training.SplineTrainerMixin; AveragedModel needs use_buffers=False"
                 )
+            self._zero_at = standing
             if getattr(self, "_is_replica", False):
                 raise ValueError(
                     "nn.DataParallel works on copies, which cannot measure a grid (calibration_steps): start one "

@@ -91,9 +91,9 @@ def add_sums(sums, g, u, p, slope_c, last: tl.constexpr, clamps: tl.constexpr, o
     """
     added = (sums[0] + tl.sum(g * (1.0 - ramp(p, 0, last, clamps)), 1),)
     for j in tl.static_range(last + 1):
-        added += (sums[j + 1] + tl.sum(g * ramp(p, j, last, clamps), 1),)
+        added += (sums[j + 1] + tl.sum(g * ramp(p, j, last, clamps), 1),)  # type: ignore[assignment]
     if of_scales:
-        added += (sums[last + 2] + tl.sum(g * u, 1), sums[last + 3] + tl.sum(g * slope_c, 1))
+        added += (sums[last + 2] + tl.sum(g * u, 1), sums[last + 3] + tl.sum(g * slope_c, 1))  # type: ignore[assignment]
     return added
 
 

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tested", action="store_true", help="the operations' tests have just passed")
     args = parser.parse_args(argv)
+    environment = timing.environment(args.device)
     if not args.tested:
         timing.check_tests()
     models = {provider: adapted(provider, args.model, args.device).eval() for provider in args.providers}
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
                 | {"peak_bytes": timing.peak_bytes(call, args.device)}
                 for name, call in steps.items()
             ]
-    record = {"benchmark": "inference", **timing.environment(args.device), "results": results}
+    record = {"benchmark": "inference", **environment, "results": results}
     timing.append(args.out, record)
     Console().print(table(results))
     return 0

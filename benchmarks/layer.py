@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tested", action="store_true", help="the operations' tests have just passed")
     args = parser.parse_args(argv)
+    environment = timing.environment(args.device)
     if not args.tested:
         timing.check_tests()
     cases = [
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     for model, shape, tokens in track(cases, description="layers", disable=not sys.stderr.isatty()):
         for provider, found in measure(shape, tokens, args.providers, args.rounds, args.device).items():
             results.append({"model": model, "shape": shape, "tokens": tokens, "provider": provider, **found})
-    record = {"benchmark": "layer", **timing.environment(args.device), "results": results}
+    record = {"benchmark": "layer", **environment, "results": results}
     timing.append(args.out, record)
     Console().print(table(results))
     return 0

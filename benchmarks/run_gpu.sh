@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
-# Everything about the kernels that needs a GPU, in one go: tests, layers, training steps, inference, pictures.
+# Everything about the kernels that needs a GPU, in one go: tests, kernels, layers, training steps, inference, pictures.
 # OUT is where the records go (benchmarks/results/speed by default).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/speed}
 export PYTHONPATH=src:.${PYTHONPATH:+:$PYTHONPATH}
 
-python -m pytest -q tests/test_ops.py tests/test_update.py
-python -m benchmarks.layer --tested --device cuda --out "$OUT/layer_cuda.json"
+# Compiling is most of the tests' time, so they are run side by side where pytest-xdist is installed.
+parallel=()
+if python -c "import xdist" 2>/dev/null; then parallel=(-n auto); fi
+python -m pytest -q "${parallel[@]}" tests/test_ops.py tests/test_update.py -k "triton or gpu"
+
+python -m benchmarks.kernels --out "$OUT/kernels_cuda.json"
+python -m benchmarks.layer --tested --device cuda --out "$OUT/layer_cuda.json" \
+    --providers base peft_lora lslora lslora_recommended
 # seed_naive does not fit beside the others here.
 phi3=(--tested --device cuda --model Phi-3-mini)
 step=("${phi3[@]}" --rows 1 --tokens 4096 --providers peft_lora lslora lslora_recommended)

@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tested", action="store_true", help="the operations' tests have just passed")
     args = parser.parse_args(argv)
+    environment = timing.environment(args.device)
     if not args.tested:
         timing.check_tests()
     steps = {
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         | {"peak_bytes": timing.peak_bytes(step, args.device)}
         for name, step in steps.items()
     ]
-    record = {"benchmark": "train_step", **timing.environment(args.device), "results": results}
+    record = {"benchmark": "train_step", **environment, "results": results}
     timing.append(args.out, record)
     Console().print(table(results))
     return 0

@@ -37,7 +37,7 @@ def main(architecture):
     constants = {"last": 7, "width": 16}
     compile_for(target, kernels._finish, SUMS | SPLINE | GRADIENTS, constants)
     for dtype, width_r, size, scales in (("*bf16", 16, 64, {}), ("*fp32", 64, 32, dict.fromkeys(SCALES))):
-        tiles = {"rows": size, "columns": size, "width_r": width_r, "precision": "tf32x3"}
+        tiles = {"rows": size, "columns": size, "width_r": width_r}
         compile_update(target, dtype, tiles, scales)
 
 

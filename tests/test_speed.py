@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import draw_speed, inference, layer, timing, train_step
+from benchmarks import draw_speed, inference, kernels, layer, timing, train_step
 from benchmarks.providers import CONFIGS, attach
 
 
@@ -100,3 +100,24 @@ def test_nothing_is_timed_while_the_operations_are_wrong(monkeypatch):
     monkeypatch.setattr(timing, "TESTS", ("tests/no_such_file.py",))
     with pytest.raises(RuntimeError, match="the operations' tests fail, so nothing is timed"):
         timing.check_tests()
+
+
+def test_kernels_are_held_against_the_bytes(monkeypatch):
+    """Every way and pass runs, here with times that are made up."""
+    calls = []
+
+    def kernel_times(call):
+        calls.append(call())
+        return {"first": 2e-6, "second": 1e-6}
+
+    monkeypatch.setattr(kernels, "WHERE", {"device": "cpu", "dtype": torch.float32})
+    monkeypatch.setattr(kernels, "kernel_times", kernel_times)
+    results = kernels.measure(8, 12)
+    assert [(found["way"], found["pass"]) for found in results] == [
+        (way, name) for way in ("peft_lora", "lslora", "lslora_recommended") for name in ("forward", "backward")
+    ]
+    assert [(found["seconds"], found["floor"]) for found in results[:2]] == [(3e-6, 3e-6), (3e-6, 1.5e-6)]
+    for forward, backward in zip(calls[3::2], calls[4::2], strict=True):  # of ours, after the copy and plain LoRA
+        assert forward.shape == (8, 12)
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in backward)
+    assert list(kernels.table(results).columns[3].cells) == ["3 (1.00)", "3 (2.00)"]

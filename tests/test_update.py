@@ -94,7 +94,7 @@ def backend(request, monkeypatch):
         ((3, 0), 4, 2, 3),
         ((301,), 33, 8, 33),
         ((133,), 200, 17, 5),
-        ((16,), 64, 64, 12),
+        ((16,), 64, 256, 12),
     ],
 )
 def test_output_and_every_gradient_equal_the_formula_in_float64(

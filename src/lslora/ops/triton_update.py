@@ -35,7 +35,7 @@ from .triton import (
 )  # fmt: skip
 
 MAX_R = 256
-MAX_R_FLOAT32 = 64  # more does not fit on the chip, and is slow
+MAX_R_FLOAT32 = 32  # products in float32 are exact and slow: three of TF32 were up to ten times as far off
 PROGRAMS = 1024  # about what fills a GPU
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -93,10 +93,10 @@ def _stretch(at):
 @triton.jit
 def _gradient(
     g, h, b, factor, offset_at, scale_in, scale_out, k_min, k_max, per_spacing,
-    last: tl.constexpr, clamps: tl.constexpr, precision: tl.constexpr,
+    last: tl.constexpr, clamps: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of h Bᵀ, and of its place u, p and slope · c."""
-    z = tl.dot(h, tl.trans(b), input_precision=precision) * factor
+    z = tl.dot(h, tl.trans(b), input_precision="ieee") * factor
     c, t, u, p = place(z, scale_in, k_min, k_max, per_spacing, clamps)
     slope = slope_of(u, t, p, offset_at, per_spacing, last, clamps)
     grad_z = g * slope * (scale_in * scale_out * factor)
@@ -109,7 +109,7 @@ def _gradient(
 def _forward(
     result_at, h_at, b_at, out_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling, n, m, r,
     k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
-    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr, precision: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0) * columns + tl.arange(0, columns)
     i = tl.program_id(1) * rows + tl.arange(0, rows)
@@ -117,7 +117,7 @@ def _forward(
     stretch = _stretch(stretch_at)
     h = _tile(h_at, i, k, n, r)
     b = _tile(b_at, j, k, m, r).to(h.dtype)
-    z = tl.dot(h, tl.trans(b), input_precision=precision) * (scaling / stretch)
+    z = tl.dot(h, tl.trans(b), input_precision="ieee") * (scaling / stretch)
     _, _, u, p = place(z, _scale_at(scale_in_at), k_min, k_max, per_spacing, clamps)
     value = value_of(u, p, offset_at, last, clamps)
     base = _tile(result_at, i, j, n, m).to(tl.float32)
@@ -128,7 +128,7 @@ def _forward(
 def _backward_rows(
     g_at, h_at, b_at, grad_h_at, grad_b_at, sums_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling,
     n, m, r, k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
-    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr, precision: tl.constexpr, width: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """Part `program_id(0)` of the gradient of h, (parts, n, r), and of the sums, (programs, width).
 
@@ -147,13 +147,13 @@ def _backward_rows(
         g = _tile(g_at, i, j, n, m).to(tl.float32)
         grad_z, u, p, slope_c = _gradient(
             g, h, b, scaling / stretch, offset_at, scale_in, scale_out, k_min, k_max, per_spacing,
-            last, clamps, precision,
+            last, clamps,
         )  # fmt: skip
         sums = add_sums(sums, g, u, p, slope_c, last, clamps, of_scales)
         grad_z = grad_z.to(h.dtype)
-        grad_h += tl.dot(grad_z, b, input_precision=precision)
+        grad_h += tl.dot(grad_z, b, input_precision="ieee")
         if grad_b_at is not None:
-            grad_b = tl.dot(tl.trans(grad_z), h, input_precision=precision)
+            grad_b = tl.dot(tl.trans(grad_z), h, input_precision="ieee")
             _store(grad_b_at + tl.program_id(1).to(tl.int64) * m * r, grad_b, j, k, m, r)
     _store(grad_h_at + tl.program_id(0).to(tl.int64) * n * r, grad_h, i, k, n, r)
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -164,7 +164,7 @@ def _backward_rows(
 def _backward_columns(
     g_at, h_at, b_at, grad_b_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling, n, m, r,
     k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
-    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr, precision: tl.constexpr,
+    rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr,
 ):  # fmt: skip
     """Part `program_id(1)` of the gradient of B, (parts, m, r)."""
     j, k = tl.program_id(0) * columns + tl.arange(0, columns), tl.arange(0, width_r)
@@ -178,9 +178,9 @@ def _backward_columns(
         g = _tile(g_at, i, j, n, m).to(tl.float32)
         grad_z, _, _, _ = _gradient(
             g, h, b, scaling / stretch, offset_at, scale_in, scale_out, k_min, k_max, per_spacing,
-            last, clamps, precision,
+            last, clamps,
         )  # fmt: skip
-        grad_b += tl.dot(tl.trans(grad_z).to(h.dtype), h, input_precision=precision)
+        grad_b += tl.dot(tl.trans(grad_z).to(h.dtype), h, input_precision="ieee")
     _store(grad_b_at + tl.program_id(1).to(tl.int64) * m * r, grad_b, j, k, m, r)
 
 
@@ -249,7 +249,7 @@ def forward(
         m, r = weight.shape
         n = h.numel() // r
         numbers, settings = arguments(offsets, grid)
-        compiled = _compiled(FORWARD, n, r, h)
+        compiled = _compiled(FORWARD, n, r)
         with torch.cuda.device_of(base):
             _forward[(ceil_div(m, compiled["columns"]), ceil_div(n, compiled["rows"]))](
                 base, h, weight, out, offsets.contiguous(), input_scale_offset, output_scale_offset, stretch, scaling,
@@ -275,7 +275,7 @@ def backward(
     m, r = weight.shape
     n = h.numel() // r
     numbers, settings = arguments(offsets, grid)
-    compiled = _compiled(BACKWARD, n, r, h)
+    compiled = _compiled(BACKWARD, n, r)
     # At least one program, so that there are sums even of nothing.
     across, down = max(1, ceil_div(m, compiled["columns"])), max(1, ceil_div(n, compiled["rows"]))
     parts_h, at_once = _parts(across, down), r <= MAX_R_AT_ONCE
@@ -301,27 +301,20 @@ def backward(
     return tuple(found)
 
 
-def _compiled(tiles: Tiles, n: int, r: int, h: Tensor) -> dict[str, Any]:
+def _compiled(tiles: Tiles, n: int, r: int) -> dict[str, Any]:
     """What a kernel is compiled for, with tiles for n rows at most."""
-    rows = tiles.rows if n >= tiles.rows else max(16, power_of_2(n))
-    return _settings(tiles, rows, r, h.dtype == torch.float32 and _has_tf32(h.device))
+    width_r = max(16, power_of_2(r))  # as tensor cores have it
+    if width_r > MAX_R_LARGE_TILES:
+        tiles = SMALL
+    return _settings(tiles, tiles.rows if n >= tiles.rows else max(16, power_of_2(n)), width_r)
 
 
 @cache
-def _settings(tiles: Tiles, rows: int, r: int, has_tf32: bool) -> dict[str, Any]:
-    width_r = max(16, power_of_2(r))  # as tensor cores have it
-    if width_r > MAX_R_LARGE_TILES:
-        tiles, rows = SMALL, min(rows, SMALL.rows)
+def _settings(tiles: Tiles, rows: int, width_r: int) -> dict[str, Any]:
     settings = {**tiles._asdict(), **FUSED, "rows": rows, "width_r": width_r}
     if tiles.maxnreg is None or torch.version.hip:
         del settings["maxnreg"]
-    return settings | {"precision": "tf32x3" if has_tf32 else "ieee"}
-
-
-@cache
-def _has_tf32(device: torch.device) -> bool:
-    """Whether a product of float32 can be put together from three on tensor cores, as good as one."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return settings
 
 
 def _parts(along: int, across: int) -> int:

@@ -16,7 +16,7 @@ from .tracing import needs_formula
 
 INTERPOLATION_METHODS = ("piecewise", "soft")
 EXTRAPOLATIONS = ("clamp", "linear")
-HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None and torch.__version__ >= (2, 7)  # with Triton 3.3, which they need
 BACKENDS = ("triton", "cpu", "eager")  # of the piecewise spline
 Scale = TypeVar("Scale", Tensor, Tensor | None)
 FORCED = os.environ.get("LSLORA_BACKEND")  # one of them; read once
@@ -135,7 +135,7 @@ def _forced(tensor: Tensor, offsets: Tensor) -> ModuleType:
     if FORCED not in BACKENDS:
         raise ValueError(f"LSLORA_BACKEND must be one of {BACKENDS}, got {FORCED!r}")
     if FORCED == "triton" and not HAS_TRITON:
-        raise ValueError("LSLORA_BACKEND=triton cannot run here: triton is not installed")
+        raise ValueError("LSLORA_BACKEND=triton cannot run here: it needs triton and torch 2.7 or later")
     backend = _module(FORCED)
     if reason := backend.why_not(tensor, offsets):
         raise ValueError(f"LSLORA_BACKEND={FORCED} cannot run here: {reason}")

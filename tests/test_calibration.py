@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lslora import LSLoraConfig, Spline, calibration, spline_penalty
@@ -355,3 +356,49 @@ def test_wrong_calibrations_raise():
     for end in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="must be a positive number"):
             splines(made())[0].calibrate(end)
+
+
+class Answers(TorchDispatchMode):
+    """Counts how often Python asks a tensor for a number: a GPU is waited for then."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.bincount.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("placement", ["output", "bottleneck", "weight"])
+def test_a_grid_that_waits_in_training_asks_no_device(placement):
+    model = made(placement=placement)
+    x, y = batches(1)[0]
+    with Answers() as first:
+        model(x)
+    assert first.count  # the check can fail
+    train(model, batches(1))
+    with Answers() as later:
+        (model(x) - y).square().mean().backward()
+        calibration.count_step(splines(model))
+    assert not later.count
+    assert [spline.steps_waited for spline in splines(model)] == [2, 2]
+
+
+def test_what_is_written_to_a_waiting_grid_in_training_is_noticed():
+    model = made()
+    train(model, batches(1))
+    for spline in splines(model):
+        assert spline.waits
+        with torch.no_grad():
+            spline.grid_scale.fill_(0.5)
+        assert not spline.waits and spline.is_calibrated
+
+
+def test_learned_heights_under_a_waiting_grid_are_noticed_whenever_it_may_have_changed():
+    model = made()
+    train(model, batches(1))
+    with torch.no_grad():
+        splines(model)[0].weight.fill_(1.0)
+    with pytest.raises(ValueError, match="must have its grid_scale"):
+        model.eval()(torch.randn(2, 8))
+    with pytest.raises(ValueError, match="must have its grid_scale"):
+        copy.deepcopy(model).train()(torch.randn(2, 8))

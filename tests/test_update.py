@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lslora import LSLoraConfig, Spline
@@ -452,6 +453,25 @@ def test_a_layer_saves_no_more_than_plain_lora(settings, dropout):
     assert plain >= 2 * 64 * 4 * 4  # h of both layers
     assert saved_bytes(ours, x) <= plain + few
     assert saved_bytes(by_modules(adapted(**dropout)), x) > plain + 64 * 8 * 4  # the check can fail
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(
+    ("dtype", "r", "num_knots", "why"),
+    [
+        (torch.float64, 4, 5, "written for float32, float16 and bfloat16, not torch.float64"),
+        (torch.bfloat16, 256, 64, None),
+        (torch.bfloat16, 257, 5, "r must be at most 256 with an h of torch.bfloat16, got 257"),
+        (torch.float32, 32, 5, None),
+        (torch.float32, 33, 5, "r must be at most 32 with an h of torch.float32, got 33"),
+        (torch.float16, 4, 65, "written for at most 64 knots, not 65"),
+    ],
+)
+def test_what_the_triton_kernels_take(dtype, r, num_knots, why):
+    with FakeTensorMode():
+        h, weight = torch.empty(2, r, dtype=dtype, device="cuda"), torch.empty(3, r, device="cuda")
+    assert triton_update.why_not((h, weight), h.dtype, r, num_knots) == why
+    assert "on cpu" in triton_update.why_not((torch.empty(2),), torch.float32, r, num_knots)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

@@ -16,7 +16,8 @@ from .tracing import needs_formula
 
 INTERPOLATION_METHODS = ("piecewise", "soft")
 EXTRAPOLATIONS = ("clamp", "linear")
-HAS_TRITON = find_spec("triton") is not None and torch.__version__ >= (2, 7)  # with Triton 3.3, which they need
+# The kernels do not compile with a Triton before 3.3, which comes with torch 2.7.
+HAS_TRITON = find_spec("triton") is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 BACKENDS = ("triton", "cpu", "eager")  # of the piecewise spline
 Scale = TypeVar("Scale", Tensor, Tensor | None)
 FORCED = os.environ.get("LSLORA_BACKEND")  # one of them; read once

@@ -32,7 +32,7 @@ from .triton import (
     slope_of,
     store_sums,
     value_of,
-)  # fmt: skip
+)
 
 MAX_R = 256
 MAX_R_FLOAT32 = 32  # products in float32 are exact and slow: three of TF32 were up to ten times as far off

@@ -186,6 +186,17 @@ def test_a_knot_that_no_element_reaches_gets_an_exactly_zero_gradient(backend):
     assert (gradient[[0, 4]] == 0).all() and (gradient[1:4] != 0).all()
 
 
+@pytest.mark.parametrize("stretch", [0.0, -3.0])
+def test_a_stretch_that_is_not_positive_is_none(stretch, backend):
+    given, found = [operand.float() for operand in operands()], []
+    for sigma in (torch.tensor([stretch]), None):
+        leaves = [operand.requires_grad_() for operand in given]
+        *tensors, scale_in, scale_out = leaves
+        y = update(*tensors, scale_in - 1, scale_out - 1, stretch=sigma, scaling=SCALING, k_min=-3.0, k_max=3.0)
+        found.append([y, *torch.autograd.grad(y.sum(), leaves)])
+    assert all(map(torch.equal, *found))
+
+
 def test_operands_stay_as_they_are_and_need_not_be_contiguous(backend):
     given = [operand.float() for operand in operands((4, 6), 5)]
     strided = [torch.stack([operand, operand], dim=-1)[..., 0] for operand in given]

@@ -60,8 +60,8 @@ class Spline(KeepsFp32):
         self._track()
 
     def _track(self) -> None:
-        # Where grid_scale stood when it was found to wait, and when the heights were found to be zero. In training
-        # nobody asks again before something is written to it: every answer would hold up the device.
+        # Where grid_scale stood when it was found to wait, and at the last step's end, when the heights were zero. In
+        # training nobody asks again before something is written to it: every answer would hold up the device.
         self._waits_at: int | None = None
         self._zero_at: int | None = None
         penalty.track(self)
@@ -162,14 +162,12 @@ class Spline(KeepsFp32):
         if self.grid_scale is None:
             return self._spline(z)
         if self.waits:
-            standing = self._standing()
-            if (standing is None or standing != self._zero_at) and self.weight.detach().any():
+            if (self._zero_at is None or self._zero_at != self._standing()) and self.weight.detach().any():
                 raise ValueError(
                     "a spline with learned heights must have its grid_scale, a buffer, and that is not positive: "
                     "who copies an adapter must copy its state dict, not its parameters alone. TRL's reference "
                     "adapter is completed by lslora.training.SplineTrainerMixin; AveragedModel needs use_buffers=False"
                 )
-            self._zero_at = standing
             if getattr(self, "_is_replica", False):
                 raise ValueError(
                     "nn.DataParallel works on copies, which cannot measure a grid (calibration_steps): start one "

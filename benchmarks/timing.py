@@ -36,6 +36,14 @@ def check_tests() -> None:
         raise RuntimeError(f"the operations' tests fail, so nothing is timed:\n{done.stdout[-3000:]}")
 
 
+def ready(device: str, tested: bool) -> dict[str, Any]:
+    """`environment`, asked for before anything is timed, and the tests run unless they were just now."""
+    found = environment(device)
+    if not tested:
+        check_tests()
+    return found
+
+
 def interleaved(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of every step in every round, after one round that does not count."""
     names, seconds = list(steps), {name: [] for name in steps}

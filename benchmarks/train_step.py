@@ -50,9 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tested", action="store_true", help="the operations' tests have just passed")
     args = parser.parse_args(argv)
-    environment = timing.environment(args.device)
-    if not args.tested:
-        timing.check_tests()
+    environment = timing.ready(args.device, args.tested)
     steps = {
         provider: train_step(adapted(provider, args.model, args.device, args.lora_dropout), args)
         for provider in args.providers

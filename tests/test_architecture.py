@@ -20,8 +20,8 @@ ALLOWED = {
     "calibration": {"spline"},  # its splines, for type checkers only
     "penalty": {"spline"},  # its splines; imported when asked, since every spline registers there
     "ops.__init__": set(),
-    "ops.linear": {"ops.reference", "ops.spline", "ops.update"},
-    "ops.update": {"ops.cpu", "ops.cpu_update", "ops.reference", "ops.spline", "ops.triton_update"},
+    "ops.linear": {"ops.spline", "ops.update"},
+    "ops.update": {"ops.cpu", "ops.cpu_update", "ops.spline", "ops.triton_update"},
     "ops.cpu_update": {"ops.cpu", "ops.reference"},
     "ops.triton_update": {"ops.reference", "ops.tracing", "ops.triton"},
     "ops.spline": {"ops.cpu", "ops.eager", "ops.reference", "ops.tracing", "ops.triton"},

@@ -301,6 +301,22 @@ def test_layers_compute_what_their_modules_do(settings, counted):
         torch.testing.assert_close(found[1][name], value, msg=f"{name}, updates alone")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("prepare", [lambda model: model, by_updates])
+def test_parameters_that_were_cast_behind_the_spline_count_as_what_they_are(prepare, dtype, counted):
+    """`KeepsFp32` sees no assignment to `data`, and compiled code reads addresses."""
+    found = []
+    for kept in (dtype, torch.float32):
+        model = prepare(adapted(calibration_steps=2)).eval()
+        for spline in splines(model):
+            spline.calibrate(0.8)
+            for tensor in (*spline.parameters(), spline.grid_scale):
+                tensor.data = tensor.data.to(dtype).to(kept)
+        found.append(model(torch.linspace(-1, 1, 30).view(5, 6)).detach())
+    assert len(counted) == 4  # both models' layers
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [

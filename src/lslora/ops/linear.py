@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from . import spline
-from .reference import Grid
 from .update import backend_for
 
 
@@ -47,7 +46,7 @@ def adapted_linear(
         b: B, (out, r).
         offsets: As for `update`, like what follows.
         dropped: (…, in), what A multiplies; None for x.
-        backend: What `backend_for_layer` has found, from callers that vouch for all the rest: it is not checked.
+        backend: What `backend_for_layer` has found for this layer, if it was asked before.
 
     Returns:
         (…, out), in the dtype of x or of autocast.
@@ -56,26 +55,10 @@ def adapted_linear(
         TypeError: the parameters are no floating-point tensors.
         ValueError: shapes or range are not as above, or `backend_for_layer` names a reason.
     """
-    if backend is None:
-        found = backend_for_layer(x, base_weight, base_bias, a, b, offsets.numel())
-        if isinstance(found, str):
-            raise ValueError(f"the layer cannot be computed in one operation: {found}")
-        backend = found
-        _check_shapes(x, base_weight, a, b, dropped)
-        offsets, input_scale_offset, output_scale_offset = spline.checked_parameters(
-            offsets, input_scale_offset, output_scale_offset, torch.float32
-        )
-        spline.checked_grid(k_min, k_max, extrapolation)
-    settings = scaling, Grid(k_min, k_max, extrapolation)
-    arguments = (
-        x, dropped, base_weight, base_bias, a, b, offsets, input_scale_offset, output_scale_offset, stretch,
-        settings, backend,
-    )  # fmt: skip
-    return _AdaptedLinear.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
-
-
-def _check_shapes(x: Tensor, base_weight: Tensor, a: Tensor, b: Tensor, dropped: Tensor | None) -> None:
-    (out, inner), r = base_weight.shape, len(a)
+    chosen = backend or backend_for_layer(x, base_weight, base_bias, a, b, offsets.numel())
+    if isinstance(chosen, str):
+        raise ValueError(f"the layer cannot be computed in one operation: {chosen}")
+    (out, inner), r = base_weight.shape, a.shape[0]
     if x.shape[-1:] != (inner,) or a.shape != (r, inner) or b.shape != (out, r):
         raise ValueError(
             f"x, base_weight, a and b must have shapes (…, in), (out, in), (r, in) and (out, r), "
@@ -85,6 +68,11 @@ def _check_shapes(x: Tensor, base_weight: Tensor, a: Tensor, b: Tensor, dropped:
         raise ValueError(
             f"dropped must be as x, {tuple(x.shape)} {x.dtype}, got {tuple(dropped.shape)} {dropped.dtype}"
         )
+    parameters = spline.checked_parameters(offsets, input_scale_offset, output_scale_offset, torch.float32)
+    settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
+    stretch = stretch if stretch is None else stretch.float()
+    arguments = x, dropped, base_weight, base_bias, a, b, *parameters, stretch, settings, chosen
+    return _AdaptedLinear.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
 
 
 def backend_for_layer(

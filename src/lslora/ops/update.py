@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import cpu, cpu_update, reference, spline
+from . import cpu, cpu_update, spline
 
 
 def update(
@@ -43,7 +43,7 @@ def update(
         k_min: Position of the first knot.
         k_max: Position of the last knot, `> k_min`.
         extrapolation: `"clamp"` or `"linear"`.
-        backend: What `backend_for` has found, from callers that vouch for all the rest: it is not checked.
+        backend: What `backend_for` has found for `result`, `h` and `weight`, if it was asked before.
 
     Returns:
         Shape and dtype of `result`.
@@ -52,27 +52,21 @@ def update(
         TypeError: the parameters are no floating-point tensors.
         ValueError: shapes or range are not as above, or `backend_for` names a reason.
     """
-    if backend is None:
-        found = backend_for((result, h, weight), h.dtype, h.shape[-1], offsets.numel())
-        if isinstance(found, str):
-            raise ValueError(f"the update cannot be computed in one operation: {found}")
-        backend = found
-        out, r = weight.shape
-        if result.shape != (*h.shape[:-1], out) or h.shape[-1] != r:
-            raise ValueError(
-                f"result, h and weight must have shapes (…, out), (…, r) and (out, r), "
-                f"got {tuple(result.shape)}, {tuple(h.shape)} and {tuple(weight.shape)}"
-            )
-        offsets, input_scale_offset, output_scale_offset = spline.checked_parameters(
-            offsets, input_scale_offset, output_scale_offset, torch.float32
+    chosen = backend or backend_for((result, h, weight), h.dtype, h.shape[-1], offsets.numel())
+    if isinstance(chosen, str):
+        raise ValueError(f"the update cannot be computed in one operation: {chosen}")
+    out, r = weight.shape
+    if result.shape != (*h.shape[:-1], out) or h.shape[-1] != r:
+        raise ValueError(
+            f"result, h and weight must have shapes (…, out), (…, r) and (out, r), "
+            f"got {tuple(result.shape)}, {tuple(h.shape)} and {tuple(weight.shape)}"
         )
-        spline.checked_grid(k_min, k_max, extrapolation)
-        stretch = stretch if stretch is None else stretch.float()
-    settings = scaling, reference.Grid(k_min, k_max, extrapolation)
-    arguments = result, h, weight, offsets, input_scale_offset, output_scale_offset, stretch
+    parameters = spline.checked_parameters(offsets, input_scale_offset, output_scale_offset, torch.float32)
+    settings = scaling, spline.checked_grid(k_min, k_max, extrapolation)
+    stretch = stretch if stretch is None else stretch.float()
     if not torch.is_grad_enabled():
-        return backend.forward(*arguments, *settings)
-    return _Update.apply(*arguments, settings, backend)
+        return chosen.forward(result, h, weight, *parameters, stretch, *settings)
+    return _Update.apply(result, h, weight, *parameters, stretch, settings, chosen)
 
 
 def backend_for(tensors: tuple[Tensor, ...], dtype: torch.dtype, r: int, num_knots: int) -> ModuleType | str:

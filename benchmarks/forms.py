@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, leaky_relu, linear, softshrink
 from torch.optim import Optimizer
 
+from .elsewhere import Delta
+
 QUANTILE = 0.99
 
 FIXED = {
@@ -113,7 +115,8 @@ def attach_forms(
 
 def separate_form_group(optimizer: Optimizer, model: nn.Module, lr_ratio: float) -> None:
     """Move the trainable parameters of all forms into a group with `lr_ratio` times the learning rate of their own."""
-    forms = {id(p): p for m in model.modules() if isinstance(m, Form) for p in m.parameters() if p.requires_grad}
+    modules = (m for m in model.modules() if isinstance(m, (Form, Delta)))
+    forms = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
     if not forms:
         return
     lr = optimizer.param_groups[0]["lr"]

@@ -1,9 +1,10 @@
 """Methods to compare, by name and options: each makes an adapter on a model, and says what of it learns.
 
 `none` is the model as it is, never trained. `lora`, `dora`, `rslora` are peft's own. `lslora` takes the options of
-`LSLoraConfig`, `form` those of `benchmarks.forms.attach_forms`. Some controls are LS-LoRA with most of it frozen:
-`learns` names what of the spline is trained (`weight`, `input_scale_offset`, `output_scale_offset`); `defects` are
-those of `benchmarks.original`; `constraint` ties neighbouring or opposite knots together.
+`LSLoraConfig`, `form` those of `benchmarks.forms.attach_forms`, `delta` those of `benchmarks.elsewhere.attach_deltas`.
+Some controls are LS-LoRA with most of it frozen: `learns` names what of the spline is trained (`weight`,
+`input_scale_offset`, `output_scale_offset`); `defects` are those of `benchmarks.original`; `constraint` ties
+neighbouring or opposite knots together.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from lslora import LSLoraConfig
 from lslora.spline import splines_of
 
+from .elsewhere import attach_deltas
 from .forms import attach_forms
 from .original import break_splines
 
@@ -67,8 +69,12 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
         peft_model = get_peft_model(model, LoraConfig(**shared))
         attach_forms(peft_model, **options, learns=method.get("learns", ()))
         return peft_model
+    if kind == "delta":
+        peft_model = get_peft_model(model, LoraConfig(**shared))
+        attach_deltas(peft_model, **options)
+        return peft_model
     if kind != "lslora":
-        raise ValueError(f"kind must be one of {('none', *PLAIN, 'lslora')}, got {kind!r}")
+        raise ValueError(f"kind must be one of {('none', *PLAIN, 'form', 'delta', 'lslora')}, got {kind!r}")
     peft_model = get_peft_model(model, LSLoraConfig(**shared, **options))
     break_splines(peft_model, **method.get("defects", {}))
     for spline in splines_of(peft_model):

@@ -5,6 +5,7 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -495,6 +496,50 @@ def test_forms_in_closed_form(placement, shape, function):
         "weight": lambda: x.double() @ phi(scaling * b @ a).T,
     }[placement]()
     torch.testing.assert_close((layer(x) - layer.base_layer(x)).double(), update, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", ["input", "whole", "token", "gate"])
+def test_deltas_in_closed_form(place):
+    model = adapted_by({"kind": "delta", "place": place, "knots": 5, "waits": 2})
+    layer = model.get_decoder().layers[0].mlp.up_proj
+    a, b, s = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+    torch.nn.init.normal_(b)
+    x = torch.randn(5, 16)
+    w0, delta = layer.base_layer.weight, layer.lora_delta
+    plain = x @ w0.T + s * x @ a.T @ b.T
+    with torch.no_grad():
+        delta.offsets.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5, 0.4]))
+    model.train()
+    torch.testing.assert_close(layer(x), plain)
+    result = layer(x)
+    model.eval()
+    torch.testing.assert_close(layer(x), result)
+
+    def expected(t, in_sigma):
+        sigma = t.abs().flatten().quantile(0.99).item()
+        grid = np.linspace(-sigma, sigma, 5)
+        found = np.interp(t.detach().numpy(), grid, delta.offsets.detach().numpy())
+        return torch.from_numpy(found * (sigma if in_sigma else 1)).float()
+
+    h = x @ a.T
+    update = {
+        "input": lambda: s * (x + expected(x, True)) @ a.T @ b.T,
+        "whole": lambda: plain - x @ w0.T + expected(plain, True),
+        "token": lambda: s * (h * (1 + expected(h.norm(dim=-1, keepdim=True), False))) @ b.T,
+        "gate": lambda: s * h @ b.T * (1 + expected(x @ w0.T, False)),
+    }[place]()
+    torch.testing.assert_close(result, x @ w0.T + update, rtol=1e-4, atol=1e-4)
+
+
+def test_deltas_are_trained_at_a_learning_rate_of_their_own():
+    from benchmarks.forms import separate_form_group
+
+    model = adapted_by({"kind": "delta", "place": "token", "knots": 5, "waits": 1})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    separate_form_group(optimizer, model, 5.0)
+    deltas = {id(p) for name, p in model.named_parameters() if "lora_delta" in name}
+    assert deltas and {id(p) for p in optimizer.param_groups[1]["params"]} == deltas
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
 
 
 def test_defects_of_the_ablation_are_there_and_v7_is_the_method():

@@ -16,8 +16,9 @@ ALLOWED = {
     "layer": {"config", "placement"},
     "placement": {"config", "spline"},
     "fp32": set(),
-    "spline": {"calibration", "config", "fp32", "penalty", "ops.linear", "ops.spline", "ops.update"},
-    "calibration": {"spline"},  # its splines, for type checkers only
+    "grid": {"calibration", "config", "fp32"},
+    "spline": {"config", "grid", "penalty", "ops.linear", "ops.spline", "ops.update"},
+    "calibration": {"grid"},  # whose scale it finds, for type checkers only
     "penalty": {"spline"},  # its splines; imported when asked, since every spline registers there
     "ops.__init__": set(),
     "ops.linear": {"ops.spline", "ops.update"},

@@ -2,7 +2,7 @@
 
 A fresh adapter's update is zero and grows from layer to layer to very different sizes, so no fixed grid fits. While a
 spline is not calibrated it passes its input on unchanged and counts how often |z| is of which size. In the last of
-`calibration_steps` optimizer steps the 99 % quantile becomes the grid's outer end (`Spline.grid_scale`), and the
+`calibration_steps` optimizer steps the 99 % quantile becomes the grid's outer end (`MeasuredGrid.grid_scale`), and the
 spline begins to learn. Its offsets are zero until then, so the layer's function stays as it is within the grid.
 The count of steps is part of the spline's state, so that a training that was interrupted goes on counting.
 
@@ -25,7 +25,7 @@ from torch import Tensor, distributed
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 if TYPE_CHECKING:
-    from .spline import Spline
+    from .grid import MeasuredGrid
 
 QUANTILE = 0.99
 MAX_SAMPLE = 1 << 16  # elements of z that are counted at a time
@@ -38,21 +38,21 @@ class Sightings:
     def __init__(self, order: int) -> None:
         self.order = order  # the same in every process, unlike an address
         self.counts: Tensor | None = None
-        self.steps: int | None = None  # of the optimizer, `Spline.steps_waited`; None until that is read
+        self.steps: int | None = None  # of the optimizer, `MeasuredGrid.steps_waited`; None until that is read
 
 
-_waiting: WeakKeyDictionary[Spline, Sightings] = WeakKeyDictionary()
+_waiting: WeakKeyDictionary[MeasuredGrid, Sightings] = WeakKeyDictionary()
 _orders = count()
 
 
-def wait(spline: Spline) -> None:
+def wait(spline: MeasuredGrid) -> None:
     """From now on `spline` is observed, and calibrated by the optimizer that steps it."""
     _install_hook()
     _waiting[spline] = Sightings(next(_orders))
 
 
 @torch.no_grad()
-def observe(spline: Spline, z: Tensor) -> None:
+def observe(spline: MeasuredGrid, z: Tensor) -> None:
     """Count z by size; left out is a z that is zero throughout (B = 0: it says nothing) or not finite.
 
     Nothing here waits for the device.
@@ -93,7 +93,7 @@ def _passed_over(optimizer: Optimizer) -> bool:
 
 
 @torch.no_grad()
-def count_step(splines: Iterable[Spline]) -> None:
+def count_step(splines: Iterable[MeasuredGrid]) -> None:
     """Count an optimizer step for those of `splines` that wait and learn; calibrate what has waited long enough.
 
     The splines of adapters that are not active are frozen, and those on the meta device have no numbers: they go on
@@ -119,7 +119,7 @@ def count_step(splines: Iterable[Spline]) -> None:
             _waiting[spline].counts = None
 
 
-def _count(spline: Spline) -> int:
+def _count(spline: MeasuredGrid) -> int:
     """The number of optimizer steps that a waiting spline has seen, with this one."""
     seen = _waiting[spline]
     seen.steps = 1 + (spline.steps_waited if seen.steps is None else seen.steps)
@@ -127,7 +127,7 @@ def _count(spline: Spline) -> int:
     return seen.steps
 
 
-def _quantiles(splines: list[Spline]) -> Tensor:
+def _quantiles(splines: list[MeasuredGrid]) -> Tensor:
     """The quantile of |z| over all processes for every spline, (len(splines),) fp32; zero where nothing was seen."""
     device = splines[0].weight.device
     nothing = torch.zeros(BINS, dtype=torch.long, device=device)

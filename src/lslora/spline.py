@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from . import calibration, penalty
+from . import penalty
 from .config import LSLoraConfig
-from .fp32 import KeepsFp32
+from .grid import MeasuredGrid
 from .ops.linear import adapted_linear, backend_for_layer
 from .ops.spline import spline
 from .ops.update import backend_for, update
 
 
-class Spline(KeepsFp32):
+class Spline(MeasuredGrid):
     """`output_scale · φ(input_scale · clamp(z, k_min, k_max))`, elementwise, φ learnable, at first `φ(t) = t`.
 
     Stored and trained are the deviations from the identity: zeros at the start, in fp32 always.
@@ -38,11 +37,7 @@ class Spline(KeepsFp32):
     """
 
     def __init__(self, config: LSLoraConfig) -> None:
-        super().__init__()
-        self.grid_scale: Tensor | None
-        self.num_knots = config.num_knots
-        self.k_min = float(config.k_min)
-        self.k_max = float(config.k_max)
+        super().__init__(config)
         self.interpolation_method = config.interpolation_method
         self.extrapolation = config.extrapolation
         self.soft_temperature = float(config.soft_temperature)
@@ -51,27 +46,10 @@ class Spline(KeepsFp32):
         self.weight = nn.Parameter(_zeros(config.num_knots))
         self.input_scale_offset = nn.Parameter(_zeros(1)) if config.learn_scales else None
         self.output_scale_offset = nn.Parameter(_zeros(1)) if config.learn_scales else None
-        self.calibration_steps = config.calibration_steps
-        self.register_buffer("grid_scale", _zeros(1) if config.calibration_steps else None)
-        self._calibrated = False
         # Where no optimizer steps these very parameters (`lslora.training.prepare_for_deepspeed`): the backward passes
         # in a step, which share the penalty's gradient. Otherwise None.
         self.micro_batches: int | None = None
-        self._track()
-
-    def _track(self) -> None:
-        # Where grid_scale stood when it was found to wait, and at the last step's end, when the heights were zero. In
-        # training nobody asks again before something is written to it: every answer would hold up the device.
-        self._waits_at: int | None = None
-        self._zero_at: int | None = None
         penalty.track(self)
-        if self.grid_scale is not None and not self._calibrated:
-            calibration.wait(self)
-
-    @property
-    def grid(self) -> Tensor:
-        """Knot positions `k_i`, (K,) fp32: evenly spaced on [k_min, k_max]."""
-        return torch.linspace(self.k_min, self.k_max, self.num_knots, dtype=torch.float32, device=self.weight.device)
 
     @property
     def offsets(self) -> Tensor:
@@ -105,76 +83,13 @@ class Spline(KeepsFp32):
     def output_scale(self, scale: Tensor | float) -> None:
         _assign(self.output_scale_offset, "output_scale", scale, 1)
 
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether `grid_scale` is known; once it is, no device is asked again before the next load."""
-        if not self._calibrated:
-            known = self.grid_scale is not None and not self.grid_scale.is_meta
-            self._calibrated = known and cast(Tensor, self.grid_scale).item() > 0
-        return self._calibrated
-
-    @torch.no_grad()
-    def calibrate(self, end: Tensor | float) -> None:
-        """Stretch the grid so that its farther end lies at `end` > 0, in the unit of z; the spline learns from now on.
-
-        Raises:
-            ValueError: the config asked for no calibration, or `end` is not a positive number.
-        """
-        if self.grid_scale is None:
-            raise ValueError("a spline is calibrated only with calibration_steps > 0")
-        if not 0 < float(end) < math.inf:
-            raise ValueError(f"the grid's end must be a positive number, got {float(end)}")
-        self.grid_scale.fill_(end / max(abs(self.k_min), abs(self.k_max)))
-        self._calibrated = True
-
-    @property
-    def steps_waited(self) -> int:
-        """Optimizer steps that the grid has waited for its scale; 0 once it has it, and without a calibration."""
-        return 0 if self.grid_scale is None else max(0, -int(self.grid_scale.item()))
-
-    @steps_waited.setter
-    @torch.no_grad()
-    def steps_waited(self, steps: int) -> None:
-        if self.waits:
-            scale = cast(Tensor, self.grid_scale)
-            scale.fill_(-steps)
-            self._waits_at = self._zero_at = self._standing()
-
-    @property
-    def waits(self) -> bool:
-        """Whether the grid is still to be measured; until then the spline is the identity."""
-        if self.grid_scale is None or self._calibrated:
-            return False
-        standing = self._standing()
-        if standing is not None and standing == self._waits_at:
-            return True
-        self._waits_at = standing
-        return not self.is_calibrated
-
-    def _standing(self) -> int | None:
-        """How often something was written to grid_scale, in training; None where that cannot be told."""
-        scale = cast(Tensor, self.grid_scale)
-        return scale._version if self.training and not scale.is_inference() else None
-
     def forward(self, z: Tensor) -> Tensor:
         """Shape and dtype of `z`, any shape; see `lslora.ops.spline.spline`."""
         self._check_engine()
         if self.grid_scale is None:
             return self._spline(z)
         if self.waits:
-            if (self._zero_at is None or self._zero_at != self._standing()) and self.weight.detach().any():
-                raise ValueError(
-                    "a spline with learned heights must have its grid_scale, a buffer, and that is not positive: "
-                    "who copies an adapter must copy its state dict, not its parameters alone. TRL's reference "
-                    "adapter is completed by lslora.training.SplineTrainerMixin; AveragedModel needs use_buffers=False"
-                )
-            if getattr(self, "_is_replica", False):
-                raise ValueError(
-                    "nn.DataParallel works on copies, which cannot measure a grid (calibration_steps): start one "
-                    "process for each GPU instead, with torchrun or accelerate, or let one GPU be visible"
-                )
-            if self.training and self.weight.requires_grad:
-                calibration.observe(self, z)
+            self._wait(z)
             # Every parameter takes part, as data parallelism wants it.
             nothing = 0 * torch.cat(list(self.parameters())).sum()
             return z + nothing.to(z.dtype)
@@ -261,14 +176,9 @@ class Spline(KeepsFp32):
             f"interpolation_method={self.interpolation_method!r}, extrapolation={self.extrapolation!r}"
         )
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._calibrated = False
-        super()._load_from_state_dict(*args, **kwargs)
-        self._track()  # what was loaded may not be calibrated yet
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._track()
+        penalty.track(self)
 
 
 def splines_of(model: nn.Module) -> list[Spline]:

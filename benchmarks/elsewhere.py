@@ -1,10 +1,12 @@
-"""A learnable piecewise linear function δ for each layer, in places where lslora's spline has none: sketches.
+"""A learnable piecewise linear function δ for each layer, in more places than lslora's spline has: sketches.
 
     input   y = W0 x + s B A (x + δ(x))
     whole   y = z + δ(z),                 z = W0 x + s B A x
     token   y = W0 x + s B (1 + δ(t)) h,  h = A x, t = |h|: one factor for each token, by the size of its h
     gate    y = W0 x + (1 + δ(W0 x)) ⊙ s B A x: one factor for each element, by what it is added to
+    output, bottleneck      as lslora's, constant beyond the grid's ends
 
+With one knot δ is a number: a learned scalar, by `token`.
 δ starts at zero, so all start as plain LoRA and stay it for the first `waits` batches; then δ's knots are spread over
 what the layer sees in that batch, and are trained from there on.
 """
@@ -18,6 +20,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 QUANTILE = 0.99
+FACTORS = ("token", "gate")  # δ is a number without a unit; elsewhere it has that of its argument
 
 
 class Delta(nn.Module):
@@ -56,17 +59,21 @@ class DeltaVariant(LoraVariant):
         scaling, delta = module.scaling[active_adapter], module.lora_delta
         if self.place == "input":
             return result + b(a(x + delta(x))) * scaling
+        h = a(x)
         if self.place == "token":
-            h = a(x)
             return result + b(h * (1 + delta(h.norm(dim=-1, keepdim=True)))) * scaling
+        if self.place == "bottleneck":
+            return result + b(h + delta(h)) * scaling
+        z = b(h) * scaling
         if self.place == "gate":
-            return result + b(a(x)) * scaling * (1 + delta(result))
-        z = result + b(a(x)) * scaling
-        return z + delta(z)
+            return result + z * (1 + delta(result))
+        if self.place == "output":
+            return result + z + delta(z)
+        return result + z + delta(result + z)
 
 
 def attach_deltas(model: nn.Module, place: str, knots: int, waits: int) -> None:
     """Give every plain LoRA layer in `model` a δ of its own."""
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
-        layer.lora_delta = Delta(knots, waits, in_sigma=place in ("input", "whole"))
+        layer.lora_delta = Delta(knots, waits, in_sigma=place not in FACTORS)
         layer.lora_variant["default"] = DeltaVariant(place)

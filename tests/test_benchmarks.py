@@ -498,7 +498,7 @@ def test_forms_in_closed_form(placement, shape, function):
     torch.testing.assert_close((layer(x) - layer.base_layer(x)).double(), update, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("place", ["input", "whole", "token", "gate"])
+@pytest.mark.parametrize("place", ["input", "whole", "token", "gate", "output", "bottleneck"])
 def test_deltas_in_closed_form(place):
     model = adapted_by({"kind": "delta", "place": place, "knots": 5, "waits": 2})
     layer = model.get_decoder().layers[0].mlp.up_proj
@@ -527,6 +527,8 @@ def test_deltas_in_closed_form(place):
         "whole": lambda: plain - x @ w0.T + expected(plain, True),
         "token": lambda: s * (h * (1 + expected(h.norm(dim=-1, keepdim=True), False))) @ b.T,
         "gate": lambda: s * h @ b.T * (1 + expected(x @ w0.T, False)),
+        "output": lambda: s * h @ b.T + expected(s * h @ b.T, True),
+        "bottleneck": lambda: s * (h + expected(h, True)) @ b.T,
     }[place]()
     torch.testing.assert_close(result, x @ w0.T + update, rtol=1e-4, atol=1e-4)
 
@@ -600,3 +602,31 @@ def test_the_ablation_is_told_beside_the_claims(tmp_path, capsys, monkeypatch):
     assert "1.0000" in lines[0] and "broken" in lines[0]
     assert "0.3000" in lines[7] and "-0.1000" in lines[7] and "82 to 85" in lines[7]
     assert (folder / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_function_is_worth_starts_from_the_finished_lora(tiny, tmp_path, monkeypatch, capsys):
+    from benchmarks import worth
+
+    monkeypatch.setenv("LSLORA_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "data").symlink_to(tiny)
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        '[setting]\nmodel = "data/model"\ntrain = "data/train.jsonl"\nvalidation = "data/train.jsonl"\nsteps = 3\n'
+        "batch_size = 2\nwarmup_steps = 0\n[methods]\n[[runs]]\nmethods = []\nr = []\nlr = []\nseeds = []\n"
+    )
+    monkeypatch.setattr(worth, "PLAN", plan)
+    monkeypatch.setattr(worth, "LORA_LR", 0.1)
+    both = ["A and B", "A, B and output"]
+
+    def changes():
+        assert worth.main(["--data", str(tmp_path), "--r", "2", "--lr", "0.05"]) == 0
+        first, *lines = capsys.readouterr().out.splitlines()
+        assert first.startswith("LoRA, r = 2, 0.05: nll ")
+        assert [line.split(":")[0] for line in lines] == [*(f"{f} alone" for f in worth.FUNCTIONS), *both]
+        return [float(line.split("(")[1].split()[0]) for line in lines]
+
+    found = changes()
+    assert all(found) and found[-1] != found[-2]
+    monkeypatch.setattr(worth, "FUNCTION_LR", 1e-9)
+    *alone, without, with_one = changes()
+    assert alone == [0.0] * len(worth.FUNCTIONS) and with_one == without != 0

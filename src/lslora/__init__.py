@@ -13,8 +13,7 @@ registry.register()
 from .config import LSLoraConfig  # noqa: E402
 from .layer import LSLoraLayer  # noqa: E402
 from .model import LSLoraModel  # noqa: E402
-from .penalty import spline_penalty  # noqa: E402
-from .spline import Spline  # noqa: E402
+from .spline import Spline, spline_penalty  # noqa: E402
 
 __version__ = version("lslora")
 __all__ = ["LSLoraConfig", "LSLoraLayer", "LSLoraModel", "Spline", "spline_penalty"]

@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import torch
 from peft.optimizers.lorafa import LoraFAOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
@@ -29,15 +29,9 @@ def track(spline: Spline) -> None:
     _splines.add(spline)
 
 
-def spline_penalty(model: nn.Module) -> Tensor:
-    """The value of the penalty, summed over all splines of `model`: a scalar in fp32 that autograd can differentiate.
-
-    For those who want to see it; training needs no call of this.
-    """
-    from .spline import splines_of
-
-    terms = [s.spline_reg_weight * _in_unit_of_z(s, s.offsets).square().mean() for s in splines_of(model)]
-    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float32)
+def value(spline: Spline) -> Tensor:
+    """`spline_reg_weight · mean_i (v_i − k_i)²`, heights in the unit of what the spline is applied to: a scalar."""
+    return spline.spline_reg_weight * _in_unit_of_z(spline, spline.offsets).square().mean()
 
 
 def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> tuple[Any, dict[str, Any]] | None:

@@ -186,6 +186,15 @@ def splines_of(model: nn.Module) -> list[Spline]:
     return [module for module in model.modules() if isinstance(module, Spline)]
 
 
+def spline_penalty(model: nn.Module) -> Tensor:
+    """The value of the penalty, summed over all splines of `model`: a scalar in fp32 that autograd can differentiate.
+
+    For those who want to see it; training needs no call of this (`lslora.penalty`).
+    """
+    terms = [penalty.value(spline) for spline in splines_of(model)]
+    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float32)
+
+
 def _zeros(count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.float32)
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -630,3 +633,29 @@ def test_what_a_function_is_worth_starts_from_the_finished_lora(tiny, tmp_path, 
     monkeypatch.setattr(worth, "FUNCTION_LR", 1e-9)
     *alone, without, with_one = changes()
     assert alone == [0.0] * len(worth.FUNCTIONS) and with_one == without != 0
+
+
+def test_several_processes_share_a_plan(tiny, tmp_path):
+    (tmp_path / "data").symlink_to(tiny)
+    plan = tmp_path / "shared.toml"
+    plan.write_text(
+        '[setting]\nmodel = "data/model"\ntrain = "data/train.jsonl"\nvalidation = "data/train.jsonl"\nsteps = 2\n'
+        '[methods]\nlora = { kind = "lora" }\n[[runs]]\nmethods = ["lora"]\nr = [2]\nlr = [1e-3]\nseeds = [0, 1, 2]\n'
+    )
+    script = Path(__file__).parents[1] / "benchmarks" / "run_gpu_quality.sh"
+    place = {"DATA": str(tmp_path), "OUT": str(tmp_path / "out"), "PROCESSES": "2"}
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def run():
+        return subprocess.run(
+            ["bash", script, plan], env={**os.environ, **place, "PATH": search}, capture_output=True, text=True
+        )
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    assert sorted(path.name for path in (tmp_path / "out" / "shared").iterdir()) == [
+        f"lora-r2-lr0.001-seed{seed}.json" for seed in range(3)
+    ]
+    assert first.stdout.count("nll") == 3
+    plan.write_text(plan.read_text().replace("steps = 2", "steps = 3"))
+    assert run().returncode != 0  # results of another setting

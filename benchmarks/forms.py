@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, leaky_relu, linear, softshrink
 from torch.optim import Optimizer
 
-from .elsewhere import Delta
-
-QUANTILE = 0.99
+from .elsewhere import QUANTILE, Delta
 
 FIXED = {
     "identity": lambda t: t,
@@ -114,7 +112,7 @@ def attach_forms(
 
 
 def separate_form_group(optimizer: Optimizer, model: nn.Module, lr_ratio: float) -> None:
-    """Move the trainable parameters of all forms into a group with `lr_ratio` times the learning rate of their own."""
+    """Move what of forms and deltas is trained into a group with `lr_ratio` times the learning rate of their own."""
     modules = (m for m in model.modules() if isinstance(m, (Form, Delta)))
     forms = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
     if not forms:

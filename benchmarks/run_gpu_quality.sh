@@ -8,11 +8,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=src:.${PYTHONPATH:+:$PYTHONPATH} OMP_NUM_THREADS=1
+: "${DATA:?must be the folder that the paths of a plan start from}"
+failed=0
 for plan in "$@"; do
     running=()
     for _ in $(seq "${PROCESSES:-6}"); do
         python -m benchmarks.quality --plan "$plan" --data "$DATA" --results "${OUT:-benchmarks/results}" &
         running+=($!)
     done
-    for process in "${running[@]}"; do wait "$process"; done
+    for process in "${running[@]}"; do wait "$process" || failed=1; done  # the others are not left behind
 done
+exit "$failed"

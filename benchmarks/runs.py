@@ -135,12 +135,27 @@ class Bench:
 
 
 class CompletionTrainer(SplineTrainerMixin, Trainer):
-    """transformers' Trainer on the tensors of `benchmarks.tasks`."""
+    """transformers' Trainer on the tensors of `benchmarks.tasks`.
+
+    With `spline_hold` the splines' learning rate does not fall before that share of the steps, and then to 0.
+    """
+
+    def __init__(self, *args: Any, spline_hold: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.spline_hold = spline_hold
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
         separate_form_group(optimizer, self.model, self.spline_lr_ratio)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.spline_hold is not None:
+            warmup, falls = max(1, self.args.warmup_steps), (1 - self.spline_hold) * num_training_steps
+            # The last group is the splines'.
+            scheduler.lr_lambdas[-1] = lambda step: min(step / warmup, 1, (num_training_steps - step) / falls)
+        return scheduler
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         return cross_entropy(*completion_logits(model, inputs))
@@ -173,6 +188,7 @@ def train(model: Any, run: Run, setting: Setting, examples: list[Example]) -> li
             train_dataset=examples,
             data_collator=collate,
             spline_lr_ratio=run.method.get("spline_lr_ratio", 1.0),
+            spline_hold=run.method.get("spline_hold"),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -4,20 +4,24 @@
     whole   y = z + δ(z),                 z = W0 x + s B A x
     token   y = W0 x + s B (1 + δ(t)) h,  h = A x, t = |h|: one factor for each token, by the size of its h
     gate    y = W0 x + (1 + δ(W0 x)) ⊙ s B A x: one factor for each element, by what it is added to
+    factor  y = W0 x + s (B + δ(B)) A x: merges, and costs nothing per token
     output, bottleneck      as lslora's, constant beyond the grid's ends
 
-With one knot δ is a number: a learned scalar, by `token`.
+With `gated` δ is a number, learned from 0, times a function that starts as a sine. With one knot δ is a number: a
+learned scalar, by `token`.
 δ starts at zero, so all start as plain LoRA and stay it for the first `waits` batches; then δ's knots are spread over
 what the layer sees in that batch, and are trained from there on.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 QUANTILE = 0.99
 FACTORS = ("token", "gate")  # δ is a number without a unit; elsewhere it has that of its argument
@@ -29,11 +33,12 @@ class Delta(nn.Module):
     σ is the 99 % quantile of |t| in batch number `waits` of the training.
     """
 
-    def __init__(self, knots: int, waits: int, in_sigma: bool) -> None:
+    def __init__(self, knots: int, waits: int, in_sigma: bool, gated: bool) -> None:
         super().__init__()
         self.waits, self.in_sigma, self.batches = waits, in_sigma, 0
         self.sigma: Tensor | None = None
-        self.offsets = nn.Parameter(torch.zeros(knots))
+        self.offsets = nn.Parameter((torch.linspace(-1, 1, knots) * math.pi).sin() * gated)
+        self.gate = nn.Parameter(torch.zeros(())) if gated else 1.0
 
     def forward(self, t: Tensor) -> Tensor:
         if self.training:
@@ -46,7 +51,7 @@ class Delta(nn.Module):
         last = len(self.offsets) - 1
         p = ((t / self.sigma).clamp(-1, 1) + 1) * last / 2
         weights = [(1 - (p - i).abs()).clamp(min=0) for i in range(last + 1)]
-        delta = sum(weight * offset for weight, offset in zip(weights, self.offsets, strict=True))
+        delta = sum(weight * offset for weight, offset in zip(weights, self.offsets, strict=True)) * self.gate
         return delta * self.sigma if self.in_sigma else delta
 
 
@@ -62,6 +67,8 @@ class DeltaVariant(LoraVariant):
         h = a(x)
         if self.place == "token":
             return result + b(h * (1 + delta(h.norm(dim=-1, keepdim=True)))) * scaling
+        if self.place == "factor":
+            return result + linear(h, b.weight + delta(b.weight)) * scaling
         if self.place == "bottleneck":
             return result + b(h + delta(h)) * scaling
         z = b(h) * scaling
@@ -72,8 +79,8 @@ class DeltaVariant(LoraVariant):
         return result + z + delta(result + z)
 
 
-def attach_deltas(model: nn.Module, place: str, knots: int, waits: int) -> None:
+def attach_deltas(model: nn.Module, place: str, knots: int, waits: int, gated: bool = False) -> None:
     """Give every plain LoRA layer in `model` a δ of its own."""
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
-        layer.lora_delta = Delta(knots, waits, in_sigma=place not in FACTORS)
+        layer.lora_delta = Delta(knots, waits, place not in FACTORS, gated)
         layer.lora_variant["default"] = DeltaVariant(place)

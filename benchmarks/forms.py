@@ -3,6 +3,7 @@
     output      y = W0 x + φ(s B A x)
     bottleneck  y = W0 x + s B φ(A x)
     weight      y = W0 x + φ(s B A) x
+    factor      y = W0 x + s φ(B) A x
 
 φ works on the scale of its input: `φ(z) = σ ψ(z / σ)` with ψ of order one. In the bottleneck `σ` is `width` times a
 quantile of |z| in the first batch (of the layer, or of each rank channel); elsewhere z is zero at first, and `σ` is
@@ -91,6 +92,8 @@ class FormVariant(LoraVariant):
             return result + form(b(a(x)) * scaling)
         if self.placement == "bottleneck":
             return result + b(form(a(x))) * scaling
+        if self.placement == "factor":
+            return result + linear(a(x), form(b.weight)) * scaling
         return result + linear(x, form(b.weight @ a.weight * scaling))
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from benchmarks import quality, report
-from benchmarks.runs import Bench, Run, Setting
+from benchmarks.runs import Bench, CompletionTrainer, Run, Setting
 from benchmarks.tasks import (
     IGNORED,
     Prefix,
@@ -479,7 +479,7 @@ def test_unknown_methods_and_options_raise():
         adapted_by({"kind": "lora", "num_knots": 5})
 
 
-@pytest.mark.parametrize("placement", ["output", "bottleneck", "weight"])
+@pytest.mark.parametrize("placement", ["output", "bottleneck", "weight", "factor"])
 @pytest.mark.parametrize(("shape", "function"), [("sine", lambda t: math.sin(math.pi * t) / math.pi), ("abs", abs)])
 def test_forms_in_closed_form(placement, shape, function):
     from benchmarks.forms import Form
@@ -497,11 +497,12 @@ def test_forms_in_closed_form(placement, shape, function):
         "output": lambda: phi(scaling * h @ b.T),
         "bottleneck": lambda: scaling * phi(h) @ b.T.double(),
         "weight": lambda: x.double() @ phi(scaling * b @ a).T,
+        "factor": lambda: scaling * h.double() @ phi(b).T,
     }[placement]()
     torch.testing.assert_close((layer(x) - layer.base_layer(x)).double(), update, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("place", ["input", "whole", "token", "gate", "output", "bottleneck"])
+@pytest.mark.parametrize("place", ["input", "whole", "token", "gate", "output", "bottleneck", "factor"])
 def test_deltas_in_closed_form(place):
     model = adapted_by({"kind": "delta", "place": place, "knots": 5, "waits": 2})
     layer = model.get_decoder().layers[0].mlp.up_proj
@@ -532,8 +533,44 @@ def test_deltas_in_closed_form(place):
         "gate": lambda: s * h @ b.T * (1 + expected(x @ w0.T, False)),
         "output": lambda: s * h @ b.T + expected(s * h @ b.T, True),
         "bottleneck": lambda: s * (h + expected(h, True)) @ b.T,
+        "factor": lambda: s * h @ (b + expected(b, True)).T,
     }[place]()
     torch.testing.assert_close(result, x @ w0.T + update, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gated_delta_starts_at_zero_and_becomes_a_sine():
+    model = adapted_by({"kind": "delta", "place": "output", "knots": 9, "waits": 1, "gated": True})
+    layer = model.get_decoder().layers[0].mlp.up_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(5, 16)
+    z = layer.scaling["default"] * x @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T
+    plain = layer(x)
+    torch.testing.assert_close(plain, layer.base_layer(x) + z)
+    plain.sum().backward()
+    assert layer.lora_delta.gate.grad.abs() > 0  # it can leave zero
+    with torch.no_grad():
+        layer.lora_delta.gate.fill_(0.5)
+    sigma = z.abs().flatten().quantile(0.99).item()
+    grid = np.linspace(-sigma, sigma, 9)
+    sine = torch.from_numpy(np.interp(z.detach().numpy(), grid, np.sin(np.linspace(-1, 1, 9) * np.pi))).float()
+    torch.testing.assert_close(layer(x), plain + 0.5 * sigma * sine, rtol=1e-4, atol=1e-4)
+
+
+def test_the_splines_rate_stays_where_it_is_told_to(tmp_path):
+    rates = []
+
+    class Seen(TrainerCallback):
+        def on_step_begin(self, *args, optimizer=None, **kwargs):
+            rates.append([group["lr"] for group in optimizer.param_groups if group["params"]])
+
+    steps = {"max_steps": 8, "warmup_steps": 2, "learning_rate": 0.1}
+    args = TrainingArguments(tmp_path, **steps, remove_unused_columns=False, report_to="none")
+    shared = {"train_dataset": examples(), "data_collator": collate, "callbacks": [Seen()]}
+    model = adapted_by({"kind": "lslora"})
+    CompletionTrainer(model, args, **shared, spline_lr_ratio=5.0, spline_hold=0.5).train()
+    plain, spline = zip(*rates, strict=True)
+    assert plain == pytest.approx([0, 0.05, 0.1, 0.1 * 5 / 6, 0.1 * 4 / 6, 0.05, 0.1 * 2 / 6, 0.1 / 6])
+    assert spline == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.375, 0.25, 0.125])
 
 
 def test_deltas_are_trained_at_a_learning_rate_of_their_own():

@@ -43,7 +43,8 @@ class Setting:
         validation_rows: At most so many, spread evenly over the file.
         steps: Optimizer steps.
         batch_size: Rows a step.
-        warmup_steps: Steps over which the learning rate rises; it falls linearly to 0 afterwards.
+        warmup_steps: Steps over which the learning rate rises.
+        schedule: What it does afterwards, by transformers' name; by default it falls linearly to 0.
         max_grad_norm: Gradients are clipped to this norm.
         cloze: Questions are asked without their numbered answers and answered with the text of one.
         retained: Rows of another kind, asked as with `cloze`, which show what training leaves of what the model knew.
@@ -60,6 +61,7 @@ class Setting:
     steps: int = 60
     batch_size: int = 8
     warmup_steps: int = 4
+    schedule: str = "linear"
     max_grad_norm: float = 1.0
     cloze: bool = False
     retained: str | None = None
@@ -171,7 +173,7 @@ def train(model: Any, run: Run, setting: Setting, examples: list[Example]) -> li
                 max_steps=setting.steps,
                 per_device_train_batch_size=setting.batch_size,
                 learning_rate=run.lr,
-                lr_scheduler_type="linear",
+                lr_scheduler_type=setting.schedule,
                 warmup_steps=setting.warmup_steps,
                 max_grad_norm=setting.max_grad_norm,
                 optim="adamw_torch",

@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from lslora.diagnostics import observe_occupancy, spline_records
 from lslora.embedded import resolve_model_name
@@ -163,6 +171,24 @@ class CompletionTrainer(SplineTrainerMixin, Trainer):
         return cross_entropy(*completion_logits(model, inputs))
 
 
+class Averaging(TrainerCallback):
+    """Replaces what was trained by its mean over the last `count` steps, when the training ends."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.means = count, {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        done = state.global_step - (state.max_steps - self.count)
+        if done <= 0:
+            return
+        for p in (p for p in model.parameters() if p.requires_grad):
+            self.means.setdefault(p, torch.zeros_like(p)).lerp_(p.detach(), 1 / done)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for p, mean in self.means.items():
+            p.data.copy_(mean)
+
+
 def train(model: Any, run: Run, setting: Setting, examples: list[Example]) -> list[float]:
     """The loss of every step, in nats per completion token."""
     with tempfile.TemporaryDirectory() as folder:
@@ -193,6 +219,8 @@ def train(model: Any, run: Run, setting: Setting, examples: list[Example]) -> li
             spline_hold=run.method.get("spline_hold"),
         )
         trainer.remove_callback(PrinterCallback)
+        if "averaged" in run.method:
+            trainer.add_callback(Averaging(run.method["averaged"]))
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -34,6 +36,7 @@ from .forms import separate_form_group
 from .methods import attach
 from .tasks import Example, Prefix, candidates, collate, completion_logits, evaluate, load_examples
 
+STEPS_BETWEEN = 5  # of the states that are measured
 PACKAGES = ("lslora", "peft", "torch", "transformers")
 
 
@@ -53,6 +56,7 @@ class Setting:
         batch_size: Rows a step.
         warmup_steps: Steps over which the learning rate rises.
         schedule: What it does afterwards, by transformers' name; by default it falls linearly to 0.
+        states: What is measured is the mean over so many states, five steps apart, the last at the training's end.
         max_grad_norm: Gradients are clipped to this norm.
         cloze: Questions are asked without their numbered answers and answered with the text of one.
         retained: Rows of another kind, asked as with `cloze`, which show what training leaves of what the model knew.
@@ -70,6 +74,7 @@ class Setting:
     batch_size: int = 8
     warmup_steps: int = 4
     schedule: str = "linear"
+    states: int = 1
     max_grad_norm: float = 1.0
     cloze: bool = False
     retained: str | None = None
@@ -120,7 +125,8 @@ class Bench:
         set_seed(run.seed)
         model = attach(deepcopy(self.model), run.method, run.r)
         started = time.monotonic()
-        losses = train(model, run, self.setting, self.train) if run.method["kind"] != "none" else []
+        states = Measuring(self.measured["validation"], self.setting)
+        losses = train(model, run, self.setting, self.train, [states]) if run.method["kind"] != "none" else []
         seconds = time.monotonic() - started
         record = {
             "run": {"name": run.name, "method": run.method, "r": run.r, "lr": run.lr, "seed": run.seed},
@@ -136,12 +142,19 @@ class Bench:
         }
         if not record["diverged"]:
             with observe_occupancy(model) as occupancy:
-                record["validation"] = evaluate(model, self.measured["validation"])
+                record["validation"] = mean_of([*states.found, evaluate(model, self.measured["validation"])])
             if "retained" in self.measured:
                 record["retained"] = evaluate(model, self.measured["retained"])
             if run.method["kind"] == "lslora":
                 record["splines"] = spline_records(model, occupancy=occupancy)
         return record
+
+
+def mean_of(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `evaluate` found in several states of a model → their mean, number for number."""
+    if len(states) == 1:
+        return states[0]
+    return {name: np.mean([found[name] for found in states], axis=0).tolist() for name in states[0]}
 
 
 class CompletionTrainer(SplineTrainerMixin, Trainer):
@@ -171,6 +184,18 @@ class CompletionTrainer(SplineTrainerMixin, Trainer):
         return cross_entropy(*completion_logits(model, inputs))
 
 
+class Measuring(TrainerCallback):
+    """Measures rows in the states of a training that come before the last, as the setting has it."""
+
+    def __init__(self, examples: list[Example], setting: Setting) -> None:
+        self.examples, self.found = examples, []
+        self.steps = [setting.steps - STEPS_BETWEEN * i for i in range(1, setting.states)]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            self.found.append(evaluate(model, self.examples))
+
+
 class Averaging(TrainerCallback):
     """Replaces what was trained by its mean over the last `count` steps, when the training ends."""
 
@@ -189,7 +214,9 @@ class Averaging(TrainerCallback):
             p.data.copy_(mean)
 
 
-def train(model: Any, run: Run, setting: Setting, examples: list[Example]) -> list[float]:
+def train(
+    model: Any, run: Run, setting: Setting, examples: list[Example], callbacks: Sequence[TrainerCallback] = ()
+) -> list[float]:
     """The loss of every step, in nats per completion token."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = CompletionTrainer(
@@ -215,6 +242,7 @@ def train(model: Any, run: Run, setting: Setting, examples: list[Example]) -> li
             ),
             train_dataset=examples,
             data_collator=collate,
+            callbacks=[*callbacks],
             spline_lr_ratio=run.method.get("spline_lr_ratio", 1.0),
             spline_hold=run.method.get("spline_hold"),
         )

@@ -688,6 +688,24 @@ def test_what_a_function_is_worth_starts_from_the_finished_lora(tiny, tmp_path, 
     assert alone == [0.0] * len(worth.FUNCTIONS) and with_one == without != 0
 
 
+def test_several_states_are_measured_by_their_mean(tiny, tmp_path, monkeypatch):
+    """At a constant rate a training's states are the ends of shorter ones."""
+    monkeypatch.setenv("LSLORA_CACHE", str(tmp_path / "cache"))
+    shared = {"model": "model", "train": "train.jsonl", "validation": "train.jsonl", "schedule": "constant"}
+    run = Run("out", {"kind": "lslora", "spline_lr_ratio": 20.0}, r=2, lr=0.05, seed=0)
+
+    def measured(steps, states=1):
+        bench = Bench(Setting(**shared, steps=steps, states=states, warmup_steps=0, batch_size=2), tiny)
+        return bench.measure(run)["validation"]
+
+    found, first, last = measured(7, states=2), measured(2), measured(7)
+    assert first["nll"] != last["nll"]
+    assert found["nll"] == pytest.approx((first["nll"] + last["nll"]) / 2)
+    assert found["row_nll"] == pytest.approx(
+        [sum(pair) / 2 for pair in zip(first["row_nll"], last["row_nll"], strict=True)]
+    )
+
+
 def test_several_processes_share_a_plan(tiny, tmp_path):
     (tmp_path / "data").symlink_to(tiny)
     plan = tmp_path / "shared.toml"

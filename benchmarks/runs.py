@@ -196,24 +196,6 @@ class Measuring(TrainerCallback):
             self.found.append(evaluate(model, self.examples))
 
 
-class Averaging(TrainerCallback):
-    """Replaces what was trained by its mean over the last `count` steps, when the training ends."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.means = count, {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        done = state.global_step - (state.max_steps - self.count)
-        if done <= 0:
-            return
-        for p in (p for p in model.parameters() if p.requires_grad):
-            self.means.setdefault(p, torch.zeros_like(p)).lerp_(p.detach(), 1 / done)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        for p, mean in self.means.items():
-            p.data.copy_(mean)
-
-
 def train(
     model: Any, run: Run, setting: Setting, examples: list[Example], callbacks: Sequence[TrainerCallback] = ()
 ) -> list[float]:
@@ -247,8 +229,6 @@ def train(
             spline_hold=run.method.get("spline_hold"),
         )
         trainer.remove_callback(PrinterCallback)
-        if "averaged" in run.method:
-            trainer.add_callback(Averaging(run.method["averaged"]))
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from benchmarks import quality, report
-from benchmarks.runs import Averaging, Bench, CompletionTrainer, Run, Setting
+from benchmarks.runs import Bench, CompletionTrainer, Run, Setting
 from benchmarks.tasks import (
     IGNORED,
     Prefix,
@@ -571,22 +571,6 @@ def test_the_splines_rate_stays_where_it_is_told_to(tmp_path):
     plain, spline = zip(*rates, strict=True)
     assert plain == pytest.approx([0, 0.05, 0.1, 0.1 * 5 / 6, 0.1 * 4 / 6, 0.05, 0.1 * 2 / 6, 0.1 / 6])
     assert spline == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.375, 0.25, 0.125])
-
-
-def test_averaging_leaves_the_mean_of_the_last_steps(tmp_path):
-    seen = []
-
-    class Seen(TrainerCallback):
-        def on_step_end(self, *args, model=None, **kwargs):
-            seen.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
-
-    args = TrainingArguments(tmp_path, max_steps=5, learning_rate=0.1, remove_unused_columns=False, report_to="none")
-    shared = {"train_dataset": examples(), "data_collator": collate, "callbacks": [Seen(), Averaging(3)]}
-    model = adapted_by({"kind": "lslora"})
-    CompletionTrainer(model, args, **shared).train()
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(p.detach(), sum(step[name] for step in seen[2:]) / 3, rtol=1e-5, atol=1e-6)
 
 
 def test_deltas_are_trained_at_a_learning_rate_of_their_own():

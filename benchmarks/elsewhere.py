@@ -82,5 +82,5 @@ class DeltaVariant(LoraVariant):
 def attach_deltas(model: nn.Module, place: str, knots: int, waits: int, gated: bool = False) -> None:
     """Give every plain LoRA layer in `model` a δ of its own."""
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
-        layer.lora_delta = Delta(knots, waits, place not in FACTORS, gated)
+        layer.lora_delta = Delta(knots, waits, in_sigma=place not in FACTORS, gated=gated)
         layer.lora_variant["default"] = DeltaVariant(place)

@@ -48,7 +48,7 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
     `lora_alpha` is `alpha_ratio` r, 2 as in the reference recipe, whatever the extra rank; no dropout, no bias.
 
     Raises:
-        ValueError: `method` has a kind or an option that is not known.
+        ValueError: `method` has a kind or an option that is not known, or a `spline_hold` without a spline.
     """
     options = {name: value for name, value in method.items() if name not in NOT_OPTIONS}
     shared = {
@@ -59,6 +59,8 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
         "task_type": "CAUSAL_LM",
     }
     kind = method["kind"]
+    if "spline_hold" in method and kind != "lslora":
+        raise ValueError(f"spline_hold is for the splines of lslora, got kind {kind!r}")
     if kind == "none":
         return model
     if kind in PLAIN:

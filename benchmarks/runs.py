@@ -61,6 +61,9 @@ class Setting:
         cloze: Questions are asked without their numbered answers and answered with the text of one.
         retained: Rows of another kind, asked as with `cloze`, which show what training leaves of what the model knew.
         retained_rows: At most so many, spread evenly over the file.
+
+    Raises:
+        ValueError: a training of `steps` does not have that many states, five steps apart.
     """
 
     model: str
@@ -79,6 +82,13 @@ class Setting:
     cloze: bool = False
     retained: str | None = None
     retained_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.states <= 1 + (self.steps - 1) // STEPS_BETWEEN:
+            raise ValueError(
+                f"states must be at least 1, the first of them after a step: {self.states} states {STEPS_BETWEEN} "
+                f"steps apart do not fit into {self.steps} steps"
+            )
 
 
 @dataclass(frozen=True)

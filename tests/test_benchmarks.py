@@ -477,6 +477,8 @@ def test_unknown_methods_and_options_raise():
         adapted_by({"kind": "lorra"})
     with pytest.raises(ValueError, match="lora takes no options, got \\['num_knots'\\]"):
         adapted_by({"kind": "lora", "num_knots": 5})
+    with pytest.raises(ValueError, match="spline_hold is for the splines of lslora, got kind 'form'"):
+        adapted_by({"kind": "form", "placement": "output", "shape": "abs", "spline_hold": 0.8})
 
 
 @pytest.mark.parametrize("placement", ["output", "bottleneck", "weight", "factor"])
@@ -688,6 +690,14 @@ def test_several_states_are_measured_by_their_mean(tiny, tmp_path, monkeypatch):
     assert found["row_nll"] == pytest.approx(
         [sum(pair) / 2 for pair in zip(first["row_nll"], last["row_nll"], strict=True)]
     )
+
+
+@pytest.mark.parametrize(("states", "steps"), [(0, 60), (2, 5), (13, 60)])
+def test_states_that_do_not_fit_raise(states, steps):
+    paths = {"model": "m", "train": "t", "validation": "v"}
+    with pytest.raises(ValueError, match=f"{states} states 5 steps apart do not fit into {steps} steps"):
+        Setting(**paths, states=states, steps=steps)
+    assert Setting(**paths, states=2, steps=6).states == 2 and Setting(**paths, states=12, steps=60).states == 12
 
 
 def test_several_processes_share_a_plan(tiny, tmp_path):

@@ -45,6 +45,8 @@ class Form(nn.Module):
     With `unit` the result stays in units of σ: `output_scale · ψ(z / σ)`.
     """
 
+    sigma: Tensor
+
     def __init__(
         self,
         channels: int,

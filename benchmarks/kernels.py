@@ -57,7 +57,7 @@ def measure(tokens: int, out: int) -> list[dict[str, Any]]:
     for name in ("peft_lora", "lslora", "lslora_recommended"):
         compute, learned = way(name, b)
         y, leaves = compute(result, h), (result, h, b, *learned)
-        passes = {
+        passes: dict[str, Callable[[], Any]] = {
             "forward": partial(compute, result, h),
             "backward": partial(torch.autograd.grad, y, leaves, target, retain_graph=True),
         }

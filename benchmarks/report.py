@@ -262,8 +262,8 @@ def plot_retained(cells: dict[tuple[int, str], Cell], path: Path) -> None:
             common = {lr: seeds for lr, seeds in common_seeds(cell).items() if seeds}
             points = [[mean_score(x, metric, ODD) for x in common.values()] for metric in ("nll", "retained nll")]
             axis.plot(*points, marker="o", markersize=3, linewidth=1, label=name)
-            for lr, *point in zip(common, *points, strict=True):
-                axis.annotate(f" {lr:g}", point, fontsize=6)
+            for lr, x, y in zip(common, *points, strict=True):
+                axis.annotate(f" {lr:g}", (x, y), fontsize=6)
         axis.set(xlabel="nll, odd rows", title=f"r = {r}")
         axis.legend(fontsize=7)
     figure.supylabel("retained nll, odd rows", fontsize=9)

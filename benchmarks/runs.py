@@ -128,7 +128,7 @@ class Bench:
             prefix.attach_states(self.train)
             for examples in self.measured.values():
                 prefix.attach_states([candidate for row in examples for candidate in candidates(row)])
-        self.model.to(self.device)
+        self.model.to(self.device)  # type: ignore[arg-type]
 
     def measure(self, run: Run) -> dict[str, Any]:
         """Train and evaluate; see the README of benchmarks/ for the record's fields."""
@@ -179,11 +179,11 @@ class CompletionTrainer(SplineTrainerMixin, Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
-        separate_form_group(optimizer, self.model, self.spline_lr_ratio)
+        separate_form_group(optimizer, self.model, self.spline_lr_ratio)  # type: ignore[arg-type]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        scheduler: Any = super().create_scheduler(num_training_steps, *args, **kwargs)
         if self.spline_hold is not None:
             warmup, falls = max(1, self.args.warmup_steps), (1 - self.spline_hold) * num_training_steps
             # The last group is the splines'.
@@ -198,7 +198,8 @@ class Measuring(TrainerCallback):
     """Measures rows in the states of a training that come before the last, as the setting has it."""
 
     def __init__(self, examples: list[Example], setting: Setting) -> None:
-        self.examples, self.found = examples, []
+        self.examples = examples
+        self.found: list[dict[str, Any]] = []
         self.steps = [setting.steps - STEPS_BETWEEN * i for i in range(1, setting.states)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -46,7 +46,8 @@ def ready(device: str, tested: bool) -> dict[str, Any]:
 
 def interleaved(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of every step in every round, after one round that does not count."""
-    names, seconds = list(steps), {name: [] for name in steps}
+    names = list(steps)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         shift = turn % len(names)  # nobody always comes after the same one
         for name in names[shift:] + names[:shift]:

@@ -84,7 +84,8 @@ def adapted(provider: str, name: str, device: str, lora_dropout: float = 0.0) ->
         with torch.device(device):
             base = AutoModelForCausalLM.from_config(SHAPES[name], dtype=dtype)
     else:
-        base = AutoModelForCausalLM.from_pretrained(resolve_model_name(name), dtype=dtype).to(device)
+        base = AutoModelForCausalLM.from_pretrained(resolve_model_name(name), dtype=dtype)
+        base.to(device)  # type: ignore[arg-type]
     return attach(base, provider, lora_dropout=lora_dropout)
 
 

@@ -4,7 +4,8 @@
 `LSLoraConfig`, `form` those of `benchmarks.forms.attach_forms`, `delta` those of `benchmarks.elsewhere.attach_deltas`.
 Some controls are LS-LoRA with most of it frozen: `learns` names what of the spline is trained (`weight`,
 `input_scale_offset`, `output_scale_offset`); `defects` are those of `benchmarks.original`; `constraint` ties
-neighbouring or opposite knots together; `spline_lr_ratio` and `spline_hold` are read by `benchmarks.runs`.
+neighbouring or opposite knots together; `spline_lr_ratio`, `spline_lr` and `spline_hold` are read by
+`benchmarks.runs`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .elsewhere import attach_deltas
 from .forms import attach_forms
 from .original import break_splines
 
-NOT_OPTIONS = ("kind", "learns", "defects", "constraint", "spline_lr_ratio", "spline_hold")
+NOT_OPTIONS = ("kind", "learns", "defects", "constraint", "spline_lr_ratio", "spline_lr", "spline_hold")
 
 
 def odd(gradient: Tensor) -> Tensor:

@@ -236,12 +236,21 @@ def train(
             train_dataset=examples,
             data_collator=collate,
             callbacks=[*callbacks],
-            spline_lr_ratio=run.method.get("spline_lr_ratio", 1.0),
+            spline_lr_ratio=spline_lr_ratio(run),
             spline_hold=run.method.get("spline_hold"),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def spline_lr_ratio(run: Run) -> float:
+    """The splines' learning rate over that of A and B, which a method has as such or, with `spline_lr`, by the rate."""
+    if "spline_lr" not in run.method:
+        return run.method.get("spline_lr_ratio", 1.0)
+    if "spline_lr_ratio" in run.method:
+        raise ValueError(f"{run.name} must have spline_lr or spline_lr_ratio, got both")
+    return run.method["spline_lr"] / run.lr
 
 
 def commit() -> str:

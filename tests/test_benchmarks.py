@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from benchmarks import quality, report
-from benchmarks.runs import Bench, CompletionTrainer, Run, Setting
+from benchmarks.runs import Bench, CompletionTrainer, Run, Setting, spline_lr_ratio
 from benchmarks.tasks import (
     IGNORED,
     Prefix,
@@ -573,6 +573,15 @@ def test_the_splines_rate_stays_where_it_is_told_to(tmp_path):
     plain, spline = zip(*rates, strict=True)
     assert plain == pytest.approx([0, 0.05, 0.1, 0.1 * 5 / 6, 0.1 * 4 / 6, 0.05, 0.1 * 2 / 6, 0.1 / 6])
     assert spline == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.375, 0.25, 0.125])
+
+
+def test_a_splines_rate_is_given_as_a_ratio_or_itself():
+    def ratio(**method):
+        return spline_lr_ratio(Run("spline", {"kind": "lslora", **method}, r=4, lr=0.004, seed=0))
+
+    assert ratio() == 1 and ratio(spline_lr_ratio=20.0) == 20 and ratio(spline_lr=0.1) == pytest.approx(25)
+    with pytest.raises(ValueError, match="spline must have spline_lr or spline_lr_ratio, got both"):
+        ratio(spline_lr=0.1, spline_lr_ratio=20.0)
 
 
 def test_deltas_are_trained_at_a_learning_rate_of_their_own():

@@ -245,7 +245,7 @@ def train(
 
 
 def spline_lr_ratio(run: Run) -> float:
-    """The splines' learning rate over that of A and B, which a method has as such or, with `spline_lr`, by the rate."""
+    """The splines' learning rate over that of A and B; with `spline_lr` a method gives the rate itself."""
     if "spline_lr" not in run.method:
         return run.method.get("spline_lr_ratio", 1.0)
     if "spline_lr_ratio" in run.method:

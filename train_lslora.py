@@ -96,6 +96,8 @@ def parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     known = parser()
     args = known.parse_args(argv)
+    if not args.learning_rate > 0:
+        known.error(f"--learning_rate must be positive, got {args.learning_rate}")
     if args.recommended:
         known.set_defaults(**recommended_defaults(args))
         args = known.parse_args(argv)
@@ -113,12 +115,12 @@ def recommended_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """What `--recommended` changes in the adapter's and the spline's defaults; flags that are given still win."""
     from lslora import LSLoraConfig
     from lslora.config import RECOMMENDED
-    from lslora.training import RECOMMENDED_LR_RATIO
+    from lslora.training import RECOMMENDED_SPLINE_LR
 
     steps = earlier_settings(args.output_dir).get("calibration_steps", 0) if args.resume else 0
     config = LSLoraConfig.recommended(r=args.r, calibration_steps=steps or max(1, args.max_steps // 3))
     changed = {name: getattr(config, name) for name in ("lora_alpha", *RECOMMENDED)}
-    return changed | {"spline_lr_ratio": RECOMMENDED_LR_RATIO}
+    return changed | {"spline_lr_ratio": RECOMMENDED_SPLINE_LR / args.learning_rate}
 
 
 def earlier_settings(output_dir: str) -> dict[str, Any]:

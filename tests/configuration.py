@@ -16,7 +16,7 @@ from peft import LoraConfig
 from lslora import LSLoraConfig
 from lslora.callback import SplineCallback
 from lslora.config import RECOMMENDED
-from lslora.training import RECOMMENDED_LR_RATIO, SplineTrainerMixin
+from lslora.training import RECOMMENDED_SPLINE_LR, SplineTrainerMixin
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -47,8 +47,8 @@ def page() -> str:
     parts = [HEAD + table(("setting", "type", "default", ""), rows)]
     parts.append(
         f"`LSLoraConfig.recommended(**overrides)` changes {recommended} and `lora_alpha` to 10 r; set "
-        f"`calibration_steps` to a third of the steps, and the splines' learning rate to {RECOMMENDED_LR_RATIO:g} "
-        "times that of A and B.\n"
+        f"`calibration_steps` to a third of the steps, and the splines' learning rate to {RECOMMENDED_SPLINE_LR:g}, "
+        "whatever that of A and B.\n"
     )
     for owner in (SplineTrainerMixin, SplineCallback):
         rows = [(f"`{name}`", code(default_of(owner, name)), text) for name, text in arguments_of(owner).items()]

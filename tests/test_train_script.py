@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from lslora import LSLoraConfig
-from lslora.training import RECOMMENDED_LR_RATIO
+from lslora.training import RECOMMENDED_SPLINE_LR
 from tests.tiny import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -104,15 +104,25 @@ def test_resume_goes_on_where_a_run_stopped(tiny, tmp_path):
 
 def test_recommended_settings_are_defaults_that_flags_still_override():
     given = ["--model_name", "m", "--dataset_path", "d", "--output_dir", "o", "--recommended", "--r", "4"]
-    args = train_lslora.parse_args([*given, "--max_steps", "60", "--num_knots", "7"])
+    args = train_lslora.parse_args([*given, "--max_steps", "60", "--num_knots", "7", "--learning_rate", "1e-3"])
     config = train_lslora.adapter_config(args)
     expected = LSLoraConfig.recommended(
         r=4, calibration_steps=20, num_knots=7, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     assert config.to_dict() == expected.to_dict()
-    assert args.spline_lr_ratio == RECOMMENDED_LR_RATIO
+    assert args.spline_lr_ratio * args.learning_rate == pytest.approx(RECOMMENDED_SPLINE_LR)
+    assert train_lslora.parse_args([*given, "--spline_lr_ratio", "3"]).spline_lr_ratio == 3
     plain = train_lslora.parse_args([*given[:-3], "--r", "4"])
     assert (plain.lora_alpha, plain.spline_lr_ratio, plain.calibration_steps) == (32, 1.0, 0)
+
+
+@pytest.mark.parametrize("more", [[], ["--recommended"]])
+def test_a_learning_rate_of_nothing_is_refused(more, capsys):
+    given = ["--model_name", "m", "--dataset_path", "d", "--output_dir", "o", *more]
+    with pytest.raises(SystemExit) as caught:
+        train_lslora.parse_args([*given, "--learning_rate", "0"])
+    assert caught.value.code == 2
+    assert "--learning_rate must be positive, got 0.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["lora", "lslora"])

@@ -104,7 +104,7 @@ class LSLoraConfig(LoraConfig):
         """The settings that did best on validation rows, with `overrides` on top.
 
         benchmarks/LOG.md says how they were found, and README.md what they gain over LoRA. They go with a learning
-        rate of the splines of about 20 times that of A and B (`lslora.training.separate_spline_group`), and with
+        rate of the splines of 0.05, whatever that of A and B (`lslora.training.RECOMMENDED_SPLINE_LR`), and with
         `calibration_steps` at a third of the run's steps: set it.
         """
         settings: dict[str, Any] = {**RECOMMENDED, **overrides}

@@ -18,8 +18,9 @@ from .failures import all_finite, failure
 from .layer import LSLoraLayer
 from .spline import Spline, splines_of
 
-# Goes with `LSLoraConfig.recommended` (benchmarks/LOG.md).
-RECOMMENDED_LR_RATIO = 20.0
+# The splines' learning rate that goes with `LSLoraConfig.recommended`, whatever that of A and B: a knot is measured in
+# units of the grid (benchmarks/LOG.md).
+RECOMMENDED_SPLINE_LR = 0.05
 
 # What the splines' group has of its own, or gets from a scheduler.
 NOT_SHARED = {"params", "param_names", "weight_decay", "initial_lr"}
@@ -36,7 +37,7 @@ def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr_ratio: f
         optimizer: Any torch optimizer over the parameters of `model`, before its first step.
         model: A model with LS-LoRA adapters; without any, nothing changes.
         lr_ratio: > 0. At 1 (the reference recipe) 500 Adam steps at 2e-4 move a knot by 0.1 at most; 10 to 100 let
-            the splines take shape.
+            the splines take shape. For a rate of the splines itself, divide it by that of A and B.
 
     Raises:
         ValueError: `lr_ratio` is not positive, spline parameters come from groups of different settings, or the

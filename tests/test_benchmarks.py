@@ -431,6 +431,9 @@ def test_a_run_trains_and_measures_what_it_names(tiny, tmp_path, monkeypatch):
     bench = Bench(setting, tmp_path)
     before = bench.measure(Run("none", {"kind": "none"}, 2, 0.0, 0))
     after = bench.measure(Run("out", {"kind": "lslora", "spline_lr_ratio": 2.0}, 2, 1e-2, 0))
+    by_rate = bench.measure(Run("out", {"kind": "lslora", "spline_lr": 0.02}, 2, 1e-2, 0))
+    as_slow = bench.measure(Run("out", {"kind": "lslora"}, 2, 1e-2, 0))
+    assert by_rate["splines"] == after["splines"] != as_slow["splines"]
     assert before["losses"] == [] and len(after["losses"]) == 3
     for part, rows in (("validation", 24), ("retained", 2)):
         assert len(before[part]["row_nll"]) == len(after[part]["row_nll"]) == rows

@@ -41,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", help="tokens in the batch; by default as the device bears")
     parser.add_argument("--providers", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--replayed", action="store_true", help="on CUDA, as graphs: without Python's time")
     parser.add_argument("--tested", action="store_true", help="the operations' tests have just passed")
     args = parser.parse_args(argv)
+    if args.replayed and args.device != "cuda":
+        parser.error("--replayed needs --device cuda")
     environment = timing.ready(args.device, args.tested)
     cases = [
         (model, shape, tokens)
@@ -52,22 +55,22 @@ def main(argv: list[str] | None = None) -> int:
     ]
     results = []
     for model, shape, tokens in track(cases, description="layers", disable=not sys.stderr.isatty()):
-        for provider, found in measure(shape, tokens, args.providers, args.rounds, args.device).items():
+        for provider, found in measure(shape, tokens, args).items():
             results.append({"model": model, "shape": shape, "tokens": tokens, "provider": provider, **found})
-    record = {"benchmark": "layer", **environment, "results": results}
+    name = "layer, replayed" if args.replayed else "layer"
+    record = {"benchmark": name, **environment, "results": results}
     timing.append(args.out, record)
     Console().print(table(results))
     return 0
 
 
-def measure(
-    shape: tuple[int, int], tokens: int, providers: list[str], rounds: int, device: str
-) -> dict[str, dict[str, Any]]:
+def measure(shape: tuple[int, int], tokens: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Times and peak memory of one layer for every provider."""
-    steps = {provider: layer_step(provider, shape, tokens, device) for provider in providers}
-    seconds = timing.interleaved(steps, rounds, device)
+    steps = {provider: layer_step(provider, shape, tokens, args.device) for provider in args.providers}
+    timed = {name: timing.captured(step) for name, step in steps.items()} if args.replayed else steps
+    seconds = timing.interleaved(timed, args.rounds, args.device)
     return {
-        name: timing.summary(seconds[name]) | {"peak_bytes": timing.peak_bytes(step, device)}
+        name: timing.summary(seconds[name]) | {"peak_bytes": timing.peak_bytes(step, args.device)}
         for name, step in steps.items()
     }
 

@@ -52,8 +52,9 @@ def compile_update(target, dtype, tiles, scales):
     compile_for(target, update._backward_rows, types, constants | {"width": 16, "grad_b_at": None})
     compile_for(target, update._backward_columns, types, constants)
     types = SUMS | SPLINE | GRADIENTS
+    types |= {"n": "i32", "m": "i32", "r": "i32"}
     for name in "hb":
-        types |= {f"parts_{name}_at": "*fp32", f"parts_{name}": "i32", f"count_{name}": "i32"}
+        types |= {f"parts_{name}_at": "*fp32", f"parts_{name}": "i32"}
         types |= {f"grad_{name}_at": dtype}
     gone = {f"grad_{name}": None for name in scales}
     gone |= {"scale_out_at": None} if scales else {}

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .launch import launch
 from .tracing import why_hidden
 
 SIDE = 32  # of a square of elements, so many at a time
@@ -137,7 +138,7 @@ def square(tile, side: tl.constexpr):
     return tl.full((1, 1), side * side, tl.int64) * tile + i[:, None] * side + i[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _forward(
     z_at, out_at, offset_at, scale_in_at, scale_out_at, count, k_min, k_max, per_spacing,
     last: tl.constexpr, clamps: tl.constexpr, side: tl.constexpr,
@@ -150,7 +151,7 @@ def _forward(
     tl.store(out_at + i, (tl.load(scale_out_at) * value).to(out_at.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count", "tiles"))
 def _backward(
     g_at, z_at, grad_z_at, sums_at, offset_at, scale_in_at, scale_out_at, count, tiles, k_min, k_max, per_spacing,
     last: tl.constexpr, clamps: tl.constexpr, side: tl.constexpr, width: tl.constexpr,
@@ -173,9 +174,9 @@ def _backward(
     store_sums(sums_at + tl.program_id(0) * width, sums, 1.0, last + 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("programs",))
 def _finish(
-    sums_at, programs, offset_at, scale_out_at, grad_offset_at, grad_scale_in_at, grad_scale_out_at,
+    sums_at, offset_at, scale_out_at, grad_offset_at, grad_scale_in_at, grad_scale_out_at, programs,
     last: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     finish(
@@ -207,11 +208,9 @@ def forward(
     out = z.new_empty(z.shape)
     if z.numel():
         numbers, settings = arguments(offsets, grid)
-        with torch.cuda.device_of(z):
-            _forward[(ceil_div(z.numel(), SIDE * SIDE),)](
-                z, out, offsets.contiguous(), input_scale, output_scale, z.numel(),
-                *numbers, **settings, **FUSED, side=SIDE,
-            )  # fmt: skip
+        tensors = z, out, offsets.contiguous(), input_scale, output_scale
+        programs = ceil_div(z.numel(), SIDE * SIDE), 1, 1
+        launch(_forward, programs, tensors, (z.numel(),), numbers, {**settings, **FUSED, "side": SIDE})
     return out
 
 
@@ -232,12 +231,11 @@ def backward(
     programs = max(1, min(tiles, MAX_PROGRAMS))
     sums = z.new_empty(programs, width, dtype=torch.float64)
     numbers, settings = arguments(offsets, grid)
-    with torch.cuda.device_of(z):
-        _backward[(programs,)](
-            g, z, grad_z, sums, offsets, input_scale, output_scale, z.numel(), tiles,
-            *numbers, **settings, **FUSED, side=SIDE, width=width,
-        )  # fmt: skip
-        _finish[(1,)](sums, programs, offsets, output_scale, *found, last=settings["last"], width=width)
+    tensors = g, z, grad_z, sums, offsets, input_scale, output_scale
+    compiled = {**settings, **FUSED, "side": SIDE, "width": width}
+    launch(_backward, (programs, 1, 1), tensors, (z.numel(), tiles), numbers, compiled)
+    compiled = {"last": settings["last"], "width": width}
+    launch(_finish, (1, 1, 1), (sums, offsets, output_scale, *found), (programs,), (), compiled)
     return grad_z, *found
 
 

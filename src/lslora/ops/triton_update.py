@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
+from .launch import launch
 from .tracing import why_hidden
 from .triton import (
     FUSED,
@@ -105,9 +106,9 @@ def _gradient(
     return grad_z, u, p, slope * c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n",))
 def _forward(
-    result_at, h_at, b_at, out_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling, n, m, r,
+    result_at, h_at, b_at, out_at, offset_at, scale_in_at, scale_out_at, stretch_at, n, scaling, m, r,
     k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr,
 ):  # fmt: skip
@@ -124,10 +125,10 @@ def _forward(
     _store(out_at, base + _scale_at(scale_out_at) * stretch * value, i, j, n, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n",))
 def _backward_rows(
-    g_at, h_at, b_at, grad_h_at, grad_b_at, sums_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling,
-    n, m, r, k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
+    g_at, h_at, b_at, grad_h_at, grad_b_at, sums_at, offset_at, scale_in_at, scale_out_at, stretch_at, n,
+    scaling, m, r, k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
     """Part `program_id(0)` of the gradient of h, (parts, n, r), and of the sums, (programs, width).
@@ -160,9 +161,9 @@ def _backward_rows(
     store_sums(sums_at + program * width, sums, stretch, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n",))
 def _backward_columns(
-    g_at, h_at, b_at, grad_b_at, offset_at, scale_in_at, scale_out_at, stretch_at, scaling, n, m, r,
+    g_at, h_at, b_at, grad_b_at, offset_at, scale_in_at, scale_out_at, stretch_at, n, scaling, m, r,
     k_min, k_max, per_spacing, last: tl.constexpr, clamps: tl.constexpr,
     rows: tl.constexpr, columns: tl.constexpr, width_r: tl.constexpr,
 ):  # fmt: skip
@@ -196,13 +197,14 @@ def _sum_parts(at, parts, count, out_at, program, at_once: tl.constexpr, size: t
     tl.store(out_at + i, tl.sum(total, 0).to(out_at.dtype.element_ty), i < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n", "parts_h", "parts_b", "programs"))
 def _finish(
-    parts_h_at, parts_h, count_h, grad_h_at, parts_b_at, parts_b, count_b, grad_b_at,
-    sums_at, programs, offset_at, scale_out_at, grad_offset_at, grad_scale_in_at, grad_scale_out_at,
+    parts_h_at, parts_b_at, sums_at, offset_at, scale_out_at, grad_h_at, grad_b_at, grad_offset_at, grad_scale_in_at,
+    grad_scale_out_at, n, parts_h, parts_b, programs, m, r,
     last: tl.constexpr, width: tl.constexpr, at_once: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the spline, of h and of B, from their parts."""
+    count_h, count_b = n.to(tl.int64) * r, m * r
     program, of_h = tl.program_id(0) - 1, tl.cdiv(count_h, size)
     if program < 0:
         finish(
@@ -250,11 +252,10 @@ def forward(
         n = h.numel() // r
         numbers, settings = arguments(offsets, grid)
         compiled = _compiled(FORWARD, n, r)
-        with torch.cuda.device_of(base):
-            _forward[(ceil_div(m, compiled["columns"]), ceil_div(n, compiled["rows"]))](
-                base, h, weight, out, offsets.contiguous(), input_scale_offset, output_scale_offset, stretch, scaling,
-                n, m, r, *numbers, **settings, **compiled,
-            )  # fmt: skip
+        programs = ceil_div(m, compiled["columns"]), ceil_div(n, compiled["rows"]), 1
+        factors = input_scale_offset, output_scale_offset, stretch
+        tensors = base, h, weight, out, offsets.contiguous(), *factors
+        launch(_forward, programs, tensors, (n,), (scaling, m, r, *numbers), {**settings, **compiled})
     return out
 
 
@@ -285,19 +286,16 @@ def backward(
     in_parts_b = g.new_empty(parts_b, m, r, dtype=torch.float32)
     sums = g.new_empty(down * parts_h, width, dtype=torch.float64)
     found = [None if tensor is None else torch.empty_like(tensor) for tensor in (h, weight, offsets, *factors[:2])]
-    spline = (offsets, *factors, scaling, n, m, r, *numbers)
-    with torch.cuda.device_of(g):
-        _backward_rows[(parts_h, down)](
-            g, h, weight, in_parts_h, in_parts_b if at_once else None, sums, *spline,
-            **settings, **compiled, width=width,
-        )  # fmt: skip
-        if not at_once:
-            _backward_columns[(across, parts_b)](g, h, weight, in_parts_b, *spline, **settings, **compiled)
-        _finish[(1 + ceil_div(n * r, SUM["size"]) + ceil_div(m * r, SUM["size"]),)](
-            in_parts_h, parts_h, n * r, found[0], in_parts_b, parts_b, m * r, found[1],
-            sums, down * parts_h, offsets, output_scale_offset, *found[2:],
-            last=settings["last"], width=width, **SUM,
-        )  # fmt: skip
+    spline, constants = (offsets, *factors), (scaling, m, r, *numbers)
+    in_rows = g, h, weight, in_parts_h, in_parts_b if at_once else None, sums, *spline
+    launch(_backward_rows, (parts_h, down, 1), in_rows, (n,), constants, {**settings, **compiled, "width": width})
+    if not at_once:
+        in_columns = g, h, weight, in_parts_b, *spline
+        launch(_backward_columns, (across, parts_b, 1), in_columns, (n,), constants, {**settings, **compiled})
+    programs = 1 + ceil_div(n * r, SUM["size"]) + ceil_div(m * r, SUM["size"])
+    tensors = in_parts_h, in_parts_b, sums, offsets, output_scale_offset, *found
+    counts, compiled = (n, parts_h, parts_b, down * parts_h), {"last": settings["last"], "width": width, **SUM}
+    launch(_finish, (programs, 1, 1), tensors, counts, (m, r), compiled)
     return tuple(found)
 
 

@@ -36,7 +36,8 @@ def adapted_linear(
 
     Instead of five operations one. No tensor of the output's size is made but the output, and the gradient of x is one
     product added to another; saved for the backward pass are x and h = A x. A may be given something else than x, as
-    with dropout. Under CUDA's autocast the products are computed in its dtype.
+    with dropout. Under CUDA's autocast the products are computed in its dtype. Without it A may be in float32 where x
+    and W0 are not, as peft has it, and A x is then as well; what is saved is x as it was.
 
     Args:
         x: (…, in).
@@ -81,17 +82,17 @@ def backend_for_layer(
     """What computes a layer of these, or why nothing can; then it takes several operations."""
     if base_weight.requires_grad or (base_bias is not None and base_bias.requires_grad):
         return "the base layer is trained"
-    products = (x, base_weight, a) if base_bias is None else (x, base_weight, a, base_bias)
-    dtype = x.dtype
+    of_base = (x, base_weight) if base_bias is None else (x, base_weight, base_bias)
+    dtype = a.dtype  # of A x
     if x.is_cuda:
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
-        elif not all(tensor.dtype == dtype for tensor in products):
-            return f"x is {dtype} and something that it meets is not"
-        for tensor in products:
+        elif any(tensor.dtype != x.dtype for tensor in of_base) or dtype not in (x.dtype, torch.float32):
+            return f"x is {x.dtype} and something that it meets is not"
+        for tensor in (*of_base, a):
             if type(tensor) not in (Tensor, nn.Parameter):
                 return f"a tensor is a {type(tensor).__name__}"
-    return backend_for((*products, b), dtype, a.shape[0], num_knots)
+    return backend_for((*of_base, a, b), dtype, a.shape[0], num_knots)
 
 
 def _forward(
@@ -116,7 +117,7 @@ def _forward(
         dropped = dropped if dropped is None else dropped.to(dtype)
         base_bias = base_bias if base_bias is None else base_bias.to(dtype)
     multiplied = x if dropped is None else dropped
-    y, h = linear(x, base_weight, base_bias), linear(multiplied, a)
+    y, h = linear(x, base_weight, base_bias), linear(multiplied.to(a.dtype), a)
     y = backend.forward(y, h, b, offsets, scale_in, scale_out, stretch, *settings, out=y)
     return y, h, multiplied, base_weight, a
 
@@ -143,11 +144,15 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_x = grad_dropped = grad_a = None
         if wants_x:
             grad_x = grad_output @ base_weight
-            if not ctx.is_dropped:
+            if ctx.is_dropped:
+                pass
+            elif rows.dtype == grad_x.dtype:
                 grad_x.view(-1, inner).addmm_(rows, a)
+            else:
+                grad_x.view(-1, inner).add_(rows @ a)
         if wants_dropped:
             grad_dropped = grad_h @ a
         if wants_a:
-            grad_a = rows.T @ multiplied.reshape(-1, inner)
+            grad_a = rows.T @ multiplied.reshape(-1, inner).to(rows.dtype)
         gradients = (gradient if needed else None for gradient, needed in zip(found, wants, strict=False))
         return grad_x, grad_dropped, None, None, grad_a, *gradients, None, None, None

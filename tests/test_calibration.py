@@ -1,6 +1,7 @@
 """Grids on the scale of z: what is measured, when it takes effect, and that nothing moves at that moment."""
 
 import copy
+import importlib
 import io
 
 import pytest
@@ -381,6 +382,38 @@ def test_a_grid_that_waits_in_training_asks_no_device(placement):
         calibration.count_step(splines(model))
     assert not later.count
     assert [spline.steps_waited for spline in splines(model)] == [2, 2]
+
+
+def test_only_the_last_step_of_a_calibration_is_looked_at(monkeypatch):
+    """In those between the first, when nobody knows how long the grid has waited, and the last it is one operation."""
+    looked, module = [], importlib.import_module("lslora.spline")
+    real = {"observe": calibration.observe, "adapted_linear": module.adapted_linear}
+    monkeypatch.setattr(calibration, "observe", lambda *args: looked.append("observed") or real["observe"](*args))
+    monkeypatch.setattr(
+        module,
+        "adapted_linear",
+        lambda *args, **named: looked.append("quick") or real["adapted_linear"](*args, **named),
+    )
+    train(made(), batches(STEPS + 1))
+    assert looked == ["observed"] * 2 + ["quick"] * 2 * (STEPS - 2) + ["observed"] * 2 + ["quick"] * 2
+
+
+@pytest.mark.parametrize("learn_scales", [True, False])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_layer_that_waits_computes_plain_lora_and_every_parameter_takes_part(learn_scales, large):
+    found, rows = [], batches(3)
+    for model in (made(LoraConfig), made(learn_scales=learn_scales)):
+        train(model, rows[:2])
+        if large:  # far beyond any grid
+            model.base_model.model[2].lora_B["default"].weight.data.mul_(1e4)
+        y = model(rows[2][0])
+        y.square().mean().backward()
+        found.append({"y": y.detach()} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    plain, ours = found
+    for name, value in plain.items():
+        torch.testing.assert_close(ours.pop(name), value, rtol=1e-5, atol=1e-6 * value.abs().max().item())
+    assert len(ours) == (6 if learn_scales else 2)
+    assert not any(gradient.any() for gradient in ours.values())
 
 
 def test_what_is_written_to_a_waiting_grid_in_training_is_noticed():

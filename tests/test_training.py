@@ -129,6 +129,29 @@ def test_penalty_gradient_is_that_of_its_value():
         torch.testing.assert_close(before - weight, gradient)
 
 
+def test_penalties_of_splines_that_differ_are_each_their_own():
+    models = [
+        model(offset=0.3, spline_reg_weight=0.7, num_knots=6),
+        model(offset=0.2, spline_reg_weight=0.4, num_knots=6),
+        model(offset=0.1, spline_reg_weight=0.7, num_knots=4),
+        model(offset=0.1, spline_reg_weight=0.7, num_knots=6, calibration_steps=2),
+    ]
+    for i, spline in enumerate(splines(models[-1])):
+        spline.calibrate(1.0 + i)
+    weights = [spline.weight for peft_model in models for spline in splines(peft_model)]
+    with torch.no_grad():
+        for i, weight in enumerate(weights):
+            weight.mul_(1 + i)
+    expected = torch.autograd.grad(sum(spline_penalty(peft_model) for peft_model in models), weights)
+    start = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    torch.optim.SGD(weights, lr=1.0).step()
+    assert len({round(gradient.norm().item(), 4) for gradient in expected}) > 50
+    for weight, before, gradient in zip(weights, start, expected, strict=True):
+        torch.testing.assert_close(before - weight, gradient)
+
+
 def test_penalty_reaches_copies_and_only_what_is_stepped():
     first = model(offset=0.2, spline_reg_weight=1.0)
     second = copy.deepcopy(first)

@@ -1,8 +1,8 @@
 """Grids on the scale of what they see: how far the knots of every layer reach is measured early on, then kept.
 
 A fresh adapter's update is zero and grows from layer to layer to very different sizes, so no fixed grid fits. While a
-spline is not calibrated it passes its input on unchanged and counts how often |z| is of which size. In the last of
-`calibration_steps` optimizer steps the 99 % quantile becomes the grid's outer end (`MeasuredGrid.grid_scale`), and the
+spline is not calibrated it passes its input on unchanged. In the last of `calibration_steps` optimizer steps it counts
+how often |z| is of which size; the 99 % quantile becomes the grid's outer end (`MeasuredGrid.grid_scale`), and the
 spline begins to learn. Its offsets are zero until then, so the layer's function stays as it is within the grid.
 The count of steps is part of the spline's state, so that a training that was interrupted goes on counting.
 
@@ -49,6 +49,12 @@ def wait(spline: MeasuredGrid) -> None:
     """From now on `spline` is observed, and calibrated by the optimizer that steps it."""
     _install_hook()
     _waiting[spline] = Sightings(next(_orders))
+
+
+def is_last_step(spline: MeasuredGrid) -> bool:
+    """Whether the optimizer step to come is the spline's last before its grid is measured, or may be."""
+    steps = _waiting[spline].steps
+    return steps is None or steps + 1 >= spline.calibration_steps
 
 
 @torch.no_grad()

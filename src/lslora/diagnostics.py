@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from .files import write_whole
-from .spline import Spline
+from .spline import Spline, whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 AVERAGED = ("deviation", "slope_variance", "input_scale", "output_scale")
+STORED = ("weight", "input_scale_offset", "output_scale_offset", "grid_scale")  # of a spline
 BINS = 48
 LIVE_SHARE = 0.01
 
@@ -228,11 +229,11 @@ def _records(model: nn.Module, splines: dict[str, Spline]) -> list[Record]:
     """A record for every spline, in their order; under FSDP 1 its units are gathered one after the other."""
     units = [unit for unit in FullyShardedDataParallel.fsdp_modules(model) if _splines_of(unit, splines)]
     if not units:
-        return [_record(layer, spline) for layer, spline in splines.items()]
+        return list(_read(splines).values())
     found: dict[str, Record] = {}
     for unit in units:
         with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False):
-            found |= {layer: _record(layer, spline) for layer, spline in _splines_of(unit, splines).items()}
+            found |= _read(_splines_of(unit, splines))
     return [found[layer] for layer in splines]
 
 
@@ -244,18 +245,49 @@ def _splines_of(unit: nn.Module, splines: dict[str, Spline]) -> dict[str, Spline
     return {layer: spline for layer, spline in splines.items() if id(spline) in held}
 
 
-def _record(layer: str, spline: Spline) -> Record:
-    grid, offsets = spline.grid.cpu(), spline.offsets.detach().float().cpu()
-    slopes = (grid + offsets).diff() / grid.diff()
+def _read(splines: dict[str, Spline]) -> dict[str, Record]:
+    """Their records. What is stored comes to the CPU in one piece: training waits for the device once a record."""
+    stored = {
+        (layer, name): whole(tensor)
+        for layer, spline in splines.items()
+        for name in STORED
+        if (tensor := getattr(spline, name)) is not None
+    }
+    numbers: dict[str, dict[str, Tensor]] = {}
+    for (layer, name), tensor in zip(stored, _on_cpu(list(stored.values())), strict=True):
+        numbers.setdefault(layer, {})[name] = tensor
+    return {layer: _record(layer, spline.grid_on("cpu"), **numbers[layer]) for layer, spline in splines.items()}
+
+
+@torch.no_grad()
+def _on_cpu(tensors: list[Tensor]) -> list[Tensor]:
+    """As fp32 of one dimension; all that a device has is copied at once."""
+    found: dict[int, Tensor] = {}
+    for device in {tensor.device for tensor in tensors}:
+        places = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        flat = [tensors[i].flatten().float() for i in places]
+        found |= zip(places, torch.cat(flat).cpu().split([len(tensor) for tensor in flat]), strict=True)
+    return [found[i] for i in range(len(tensors))]
+
+
+def _record(
+    layer: str,
+    grid: Tensor,
+    weight: Tensor,
+    input_scale_offset: Tensor | None = None,
+    output_scale_offset: Tensor | None = None,
+    grid_scale: Tensor | None = None,
+) -> Record:
+    slopes = (grid + weight).diff() / grid.diff()
     return {
         "layer": layer,
         "grid": grid.tolist(),
-        "values": (grid + offsets).tolist(),
-        "deviation": offsets.abs().mean().item(),
+        "values": (grid + weight).tolist(),
+        "deviation": weight.abs().mean().item(),
         "slope_variance": slopes.var(unbiased=False).item(),
-        "grid_scale": 1.0 if spline.grid_scale is None else max(0.0, spline.grid_scale.item()),
-        "input_scale": spline.input_scale.item(),
-        "output_scale": spline.output_scale.item(),
+        "grid_scale": 1.0 if grid_scale is None else max(0.0, grid_scale.item()),
+        "input_scale": 1.0 if input_scale_offset is None else 1 + input_scale_offset.item(),
+        "output_scale": 1.0 if output_scale_offset is None else 1 + output_scale_offset.item(),
         "occupancy": None,
         "density": None,
     }

@@ -51,7 +51,11 @@ class MeasuredGrid(KeepsFp32):
     @property
     def grid(self) -> Tensor:
         """Knot positions before stretching, `k_i`, (K,) fp32."""
-        return torch.linspace(self.k_min, self.k_max, self.num_knots, dtype=torch.float32, device=self.weight.device)
+        return self.grid_on(self.weight.device)
+
+    def grid_on(self, device: torch.device | str) -> Tensor:
+        """The same on another device than the spline's."""
+        return torch.linspace(self.k_min, self.k_max, self.num_knots, dtype=torch.float32, device=device)
 
     @property
     def is_calibrated(self) -> bool:
@@ -104,12 +108,8 @@ class MeasuredGrid(KeepsFp32):
         scale = cast(Tensor, self.grid_scale)
         return scale._version if self.training and not scale.is_inference() else None
 
-    def _wait(self, z: Tensor) -> None:
-        """Look at z, as long as the grid waits.
-
-        Raises:
-            ValueError: there are heights that need a grid, or this is a copy, which cannot measure one.
-        """
+    def _check_waiting(self) -> None:
+        """Raise ValueError if there are heights that need a grid, or this is a copy, which cannot measure one."""
         if (self._zero_at is None or self._zero_at != self._standing()) and self.weight.detach().any():
             raise ValueError(
                 "a spline with learned heights must have its grid_scale, a buffer, and that is not positive: who "
@@ -121,7 +121,13 @@ class MeasuredGrid(KeepsFp32):
                 "nn.DataParallel works on copies, which cannot measure a grid (calibration_steps): start one process "
                 "for each GPU instead, with torchrun or accelerate, or let one GPU be visible"
             )
-        if self.training and self.weight.requires_grad:
+
+    def _wants_to_see(self) -> bool:
+        """Whether a grid that waits is measured by what the spline is applied to now."""
+        return self.training and self.weight.requires_grad and calibration.is_last_step(self)
+
+    def _see(self, z: Tensor) -> None:
+        if self._wants_to_see():
             calibration.observe(self, z)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

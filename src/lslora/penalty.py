@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from peft.optimizers.lorafa import LoraFAOptimizer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def add_gradients(optimizer: Optimizer) -> None:
     """
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     scale = getattr(optimizer, "grad_scale", None)
+    due: dict[tuple[Any, ...], list[Spline]] = {}  # those alike are seen to at once
     for spline in _splines:
         weight = spline.weight
         if isinstance(optimizer, LoraFAOptimizer) and id(weight) in stepped:
@@ -71,8 +73,13 @@ def add_gradients(optimizer: Optimizer) -> None:
         if not spline.spline_reg_weight or spline.micro_batches is not None:
             continue
         if weight.grad is not None and id(weight) in stepped:
-            gradient = _gradient(spline)
-            weight.grad.add_(gradient if scale is None else gradient * scale.to(gradient.device))
+            kind = weight.device, weight.dtype, spline.num_knots, spline.spline_reg_weight, spline.grid_scale is None
+            due.setdefault(kind, []).append(spline)
+    for alike in due.values():
+        gradients = _gradients(alike)
+        if scale is not None:
+            gradients *= scale.to(gradients.device)
+        torch._foreach_add_([_local(spline.weight.grad) for spline in alike], list(gradients))
 
 
 def pulled_in_backward(spline: Spline) -> Tensor:
@@ -81,7 +88,7 @@ def pulled_in_backward(spline: Spline) -> Tensor:
     For engines that step parameters of their own making, where `add_gradients` finds none of ours.
     """
     with torch.no_grad():
-        share = _gradient(spline) / cast(int, spline.micro_batches)
+        share = _gradients([spline])[0] / cast(int, spline.micro_batches)
     return _Pulled.apply(spline.weight, share)
 
 
@@ -98,10 +105,17 @@ class _Pulled(torch.autograd.Function):
         return gradient + ctx.saved_tensors[0], None
 
 
-def _gradient(spline: Spline) -> Tensor:
-    """Of the spline's penalty, with respect to its offsets, (K,)."""
-    pull = _in_unit_of_z(spline, _in_unit_of_z(spline, spline.weight))
-    return pull * (2 * spline.spline_reg_weight / spline.num_knots)
+def _gradients(splines: list[Spline]) -> Tensor:
+    """Of the penalties of splines alike, with respect to their offsets (or what this process has of them), (…, K)."""
+    pulls = torch.stack([_local(spline.weight) for spline in splines])
+    scales = [spline.grid_scale for spline in splines if spline.grid_scale is not None]
+    if scales:
+        pulls = pulls * torch.stack(scales).square()
+    return pulls * (2 * splines[0].spline_reg_weight / splines[0].num_knots)
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _in_unit_of_z(spline: Spline, heights: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Spline(MeasuredGrid):
     @property
     def offsets(self) -> Tensor:
         """Deviations from the identity, `v_i − k_i`, (K,) fp32."""
-        return _whole(self.weight)
+        return whole(self.weight)
 
     @property
     def values(self) -> Tensor:
@@ -89,9 +89,9 @@ class Spline(MeasuredGrid):
         if self.grid_scale is None:
             return self._spline(z)
         if self.waits:
-            self._wait(z)
-            # Every parameter takes part, as data parallelism wants it.
-            nothing = 0 * torch.cat(list(self.parameters())).sum()
+            self._check_waiting()
+            self._see(z)
+            nothing = torch.cat([zeros for zeros in self._nothing() if zeros is not None]).sum()
             return z + nothing.to(z.dtype)
         # Zero where a hot swap has put an adapter whose grid still waits; its offsets are zero as well.
         stretch = torch.where(self.grid_scale > 0, self.grid_scale, 1.0)
@@ -103,7 +103,7 @@ class Spline(MeasuredGrid):
         See `lslora.ops.update.update`.
         """
         self._check_engine()
-        if self.interpolation_method != "piecewise" or self.waits:
+        if not self._is_quick():
             return None
         backend = backend_for((result, h, weight), h.dtype, h.shape[-1], self.num_knots)
         if isinstance(backend, str):
@@ -118,7 +118,7 @@ class Spline(MeasuredGrid):
         See `lslora.ops.linear.adapted_linear`.
         """
         self._check_engine()
-        if self.interpolation_method != "piecewise" or self.waits:
+        if not self._is_quick():
             return None
         layer = x, base.weight, base.bias, a, b
         backend = backend_for_layer(*layer, self.num_knots)
@@ -128,17 +128,33 @@ class Spline(MeasuredGrid):
         settings = {"scaling": scaling, "dropped": None if dropped is x else dropped, **self._settings()}
         return adapted_linear(*layer, *self._tensors(), backend=backend, **settings)
 
+    def _is_quick(self) -> bool:
+        """Whether one operation may do; ValueError where a grid waits that cannot be measured."""
+        if self.interpolation_method != "piecewise":
+            return False
+        if self.waits:
+            self._check_waiting()
+            return not self._wants_to_see()
+        return True
+
     def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The offsets, of the knots and of the scales, as a forward pass uses them."""
+        if self.waits:
+            return self._nothing()
         return self._offsets(), self.input_scale_offset, self.output_scale_offset
 
+    def _nothing(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Zeros in which every parameter takes part, as data parallelism wants it, without learning."""
+        scale_in, scale_out = (
+            None if scale is None else 0 * scale for scale in (self.input_scale_offset, self.output_scale_offset)
+        )
+        return 0 * self.weight, scale_in, scale_out
+
     def _settings(self) -> dict[str, Any]:
-        return {
-            "stretch": self.grid_scale,
-            "k_min": self.k_min,
-            "k_max": self.k_max,
-            "extrapolation": self.extrapolation,
-        }
+        ends = {"k_min": self.k_min, "k_max": self.k_max}
+        if self.waits:  # the identity everywhere
+            return {**ends, "stretch": None, "extrapolation": "linear"}
+        return {**ends, "stretch": self.grid_scale, "extrapolation": self.extrapolation}
 
     def _check_engine(self) -> None:
         """Raise ValueError if the penalty and the calibration would be lost: DeepSpeed leaves its marks on weights."""
@@ -201,10 +217,10 @@ def _zeros(count: int) -> Tensor:
 
 def _scale(offset: nn.Parameter | None, like: Tensor) -> Tensor:
     """A scale from its stored deviation, (1,); without one, 1."""
-    return torch.ones(1, dtype=torch.float32, device=like.device) if offset is None else 1 + _whole(offset)
+    return torch.ones(1, dtype=torch.float32, device=like.device) if offset is None else 1 + whole(offset)
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole(parameter: Tensor) -> Tensor:
     """The parameter itself; outside of a forward pass, where FSDP 2 and ZeRO-3 have it in parts, gathered."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()

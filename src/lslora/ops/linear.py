@@ -37,7 +37,7 @@ def adapted_linear(
     Instead of five operations one. No tensor of the output's size is made but the output, and the gradient of x is one
     product added to another; saved for the backward pass are x and h = A x. A may be given something else than x, as
     with dropout. Under CUDA's autocast the products are computed in its dtype. Without it A may be in float32 where x
-    and W0 are not, as peft has it, and A x is then as well; what is saved is x as it was.
+    and W0 are not, and A x is then as well; what is saved is x as it was.
 
     Args:
         x: (…, in).

@@ -52,9 +52,11 @@ def wait(spline: MeasuredGrid) -> None:
 
 
 def is_last_step(spline: MeasuredGrid) -> bool:
-    """Whether the optimizer step to come is the spline's last before its grid is measured, or may be."""
-    steps = _waiting[spline].steps
-    return steps is None or steps + 1 >= spline.calibration_steps
+    """Whether the optimizer step to come is the one that measures the grid, if there is something to see in it."""
+    seen = _waiting[spline]
+    if seen.steps is None:
+        seen.steps = spline.steps_waited
+    return seen.steps + 1 >= spline.calibration_steps
 
 
 @torch.no_grad()

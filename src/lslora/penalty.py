@@ -65,7 +65,7 @@ def add_gradients(optimizer: Optimizer) -> None:
     """
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     scale = getattr(optimizer, "grad_scale", None)
-    due: dict[tuple[Any, ...], list[Spline]] = {}  # those alike are seen to at once
+    due: dict[tuple[Any, ...], list[Spline]] = {}  # a GPU would take longer to be asked for each than to do it
     for spline in _splines:
         weight = spline.weight
         if isinstance(optimizer, LoraFAOptimizer) and id(weight) in stepped:

@@ -108,7 +108,8 @@ class Spline(MeasuredGrid):
         backend = backend_for((result, h, weight), h.dtype, h.shape[-1], self.num_knots)
         if isinstance(backend, str):
             return None
-        return update(result, h, weight, *self._tensors(), scaling=scaling, backend=backend, **self._settings())
+        tensors, settings = self._operands()
+        return update(result, h, weight, *tensors, scaling=scaling, backend=backend, **settings)
 
     def adapted_linear(
         self, x: Tensor, base: nn.Linear, dropout: nn.Module, a: Tensor, b: Tensor, scaling: float
@@ -124,9 +125,9 @@ class Spline(MeasuredGrid):
         backend = backend_for_layer(*layer, self.num_knots)
         if isinstance(backend, str):
             return None
-        dropped = dropout(x)
-        settings = {"scaling": scaling, "dropped": None if dropped is x else dropped, **self._settings()}
-        return adapted_linear(*layer, *self._tensors(), backend=backend, **settings)
+        dropped, (tensors, settings) = dropout(x), self._operands()
+        dropped = None if dropped is x else dropped
+        return adapted_linear(*layer, *tensors, scaling=scaling, dropped=dropped, backend=backend, **settings)
 
     def _is_quick(self) -> bool:
         """Whether one operation may do; ValueError where a grid waits that cannot be measured."""
@@ -137,11 +138,13 @@ class Spline(MeasuredGrid):
             return not self._wants_to_see()
         return True
 
-    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The offsets, of the knots and of the scales, as a forward pass uses them."""
-        if self.waits:
-            return self._nothing()
-        return self._offsets(), self.input_scale_offset, self.output_scale_offset
+    def _operands(self) -> tuple[tuple[Tensor, Tensor | None, Tensor | None], dict[str, Any]]:
+        """What one operation takes of the spline: the offsets of its knots and scales, and settings by name."""
+        settings = {"k_min": self.k_min, "k_max": self.k_max}
+        if self.waits:  # the identity everywhere
+            return self._nothing(), {**settings, "stretch": None, "extrapolation": "linear"}
+        tensors = self._offsets(), self.input_scale_offset, self.output_scale_offset
+        return tensors, {**settings, "stretch": self.grid_scale, "extrapolation": self.extrapolation}
 
     def _nothing(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Zeros in which every parameter takes part, as data parallelism wants it, without learning."""
@@ -149,12 +152,6 @@ class Spline(MeasuredGrid):
             None if scale is None else 0 * scale for scale in (self.input_scale_offset, self.output_scale_offset)
         )
         return 0 * self.weight, scale_in, scale_out
-
-    def _settings(self) -> dict[str, Any]:
-        ends = {"k_min": self.k_min, "k_max": self.k_max}
-        if self.waits:  # the identity everywhere
-            return {**ends, "stretch": None, "extrapolation": "linear"}
-        return {**ends, "stretch": self.grid_scale, "extrapolation": self.extrapolation}
 
     def _check_engine(self) -> None:
         """Raise ValueError if the penalty and the calibration would be lost: DeepSpeed leaves its marks on weights."""

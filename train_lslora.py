@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--batch_size", type=positive, default=4, help="rows a device and micro-batch")
     group.add_argument("--gradient_accumulation_steps", type=positive, default=1)
     group.add_argument("--learning_rate", type=float, default=2e-4)
-    group.add_argument("--spline_lr_ratio", type=float, default=1.0, help="learning rate of the splines over LoRA's")
+    group.add_argument("--spline_lr", type=float, help="learning rate of the splines; by default LoRA's")
     group.add_argument("--lr_scheduler_type", default="linear")
     group.add_argument("--warmup_steps", type=float, default=0, help="steps, or a share of all steps if below 1")
     group.add_argument("--weight_decay", type=float, default=0.0, help="of A and B; the splines have none")
@@ -120,7 +120,7 @@ def recommended_defaults(args: argparse.Namespace) -> dict[str, Any]:
     steps = earlier_settings(args.output_dir).get("calibration_steps", 0) if args.resume else 0
     config = LSLoraConfig.recommended(r=args.r, calibration_steps=steps or max(1, args.max_steps // 3))
     changed = {name: getattr(config, name) for name in ("lora_alpha", *RECOMMENDED)}
-    return changed | {"spline_lr_ratio": RECOMMENDED_SPLINE_LR / args.learning_rate}
+    return changed | {"spline_lr": RECOMMENDED_SPLINE_LR}
 
 
 def earlier_settings(output_dir: str) -> dict[str, Any]:
@@ -251,8 +251,8 @@ def check_settings(args: argparse.Namespace) -> None:
     """ValueError or TypeError for values that peft, transformers and trackers would refuse much later."""
     from transformers.integrations import get_reporting_integration_callbacks
 
-    if not args.spline_lr_ratio > 0:
-        raise ValueError(f"spline_lr_ratio must be positive, got {args.spline_lr_ratio}")
+    if args.spline_lr is not None and not args.spline_lr > 0:
+        raise ValueError(f"spline_lr must be positive, got {args.spline_lr}")
     if args.report_to != ["none"]:
         get_reporting_integration_callbacks(args.report_to)
     adapter_config(args)
@@ -306,7 +306,7 @@ def make_trainer(args: argparse.Namespace, examples: list[Example]) -> Any:
         train_dataset=Dataset.from_list([dict(example) for example in examples]),
         processing_class=tokenizer,
         peft_config=adapter_config(args),
-        spline_lr_ratio=args.spline_lr_ratio,
+        spline_lr=args.spline_lr,
         callbacks=[SplineCallback()] if args.method == "lslora" else [],
     )
     if trainer.is_world_process_zero() and not args.quiet:

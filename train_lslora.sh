@@ -23,7 +23,7 @@ smollm2)
         --eval_dataset_path dataset/commonsense_mini/test.jsonl
         --output_dir outputs/smollm2-lslora
         --max_steps 44 --batch_size 8 --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 5
-        --lora_dropout 0 --spline_lr_ratio 5
+        --lora_dropout 0 --spline_lr 1e-2
         --group_by_length --max_length 256 --save_steps 22 --logging_steps 5
     )
     ;;
@@ -44,7 +44,6 @@ phi3)
         --max_steps 500 --batch_size 4 --learning_rate 2e-4 --bf16 --optim paged_adamw_32bit
         --r 16 --lora_alpha 32 --lora_dropout 0.05 --target_modules all-linear
         --num_knots 5 --k_min -3 --k_max 3 --spline_reg_weight 0.01 --interpolation_method piecewise
-        --spline_lr_ratio 1
     )
     ;;
 *)

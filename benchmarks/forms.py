@@ -116,13 +116,12 @@ def attach_forms(
         layer.lora_variant["default"] = FormVariant(placement)
 
 
-def separate_form_group(optimizer: Optimizer, model: nn.Module, lr_ratio: float) -> None:
-    """Move what of forms and deltas is trained into a group with `lr_ratio` times the learning rate of their own."""
+def separate_form_group(optimizer: Optimizer, model: nn.Module, lr: float) -> None:
+    """Move what of forms and deltas is trained into a group with a learning rate of its own."""
     modules = (m for m in model.modules() if isinstance(m, (Form, Delta)))
     forms = {id(p): p for m in modules for p in m.parameters() if p.requires_grad}
     if not forms:
         return
-    lr = optimizer.param_groups[0]["lr"]
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in forms]
-    optimizer.add_param_group({"params": list(forms.values()), "lr": lr * lr_ratio, "weight_decay": 0.0})
+    optimizer.add_param_group({"params": list(forms.values()), "lr": lr, "weight_decay": 0.0})

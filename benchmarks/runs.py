@@ -179,7 +179,7 @@ class CompletionTrainer(SplineTrainerMixin, Trainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         optimizer = super().create_optimizer(*args, **kwargs)
-        separate_form_group(optimizer, self.model, self.spline_lr_ratio)  # type: ignore[arg-type]
+        separate_form_group(optimizer, self.model, self.spline_lr)  # type: ignore[arg-type]
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
@@ -236,7 +236,7 @@ def train(
             train_dataset=examples,
             data_collator=collate,
             callbacks=[*callbacks],
-            spline_lr_ratio=spline_lr_ratio(run),
+            spline_lr=spline_lr(run),
             spline_hold=run.method.get("spline_hold"),
         )
         trainer.remove_callback(PrinterCallback)
@@ -244,13 +244,13 @@ def train(
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def spline_lr_ratio(run: Run) -> float:
-    """The splines' learning rate over that of A and B; with `spline_lr` a method gives the rate itself."""
+def spline_lr(run: Run) -> float:
+    """The splines' learning rate; a method gives it, or as `spline_lr_ratio` its multiple of that of A and B."""
     if "spline_lr" not in run.method:
-        return run.method.get("spline_lr_ratio", 1.0)
+        return run.method.get("spline_lr_ratio", 1.0) * run.lr
     if "spline_lr_ratio" in run.method:
         raise ValueError(f"{run.name} must have spline_lr or spline_lr_ratio, got both")
-    return run.method["spline_lr"] / run.lr
+    return run.method["spline_lr"]
 
 
 def commit() -> str:

@@ -122,7 +122,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     # Not Adam: where a gradient is zero but for rounding, it would make a whole step of the rounding.
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
-    separate_spline_group(optimizer, model, lr_ratio=50.0)
+    separate_spline_group(optimizer, model, lr=1.0)
     return optimizer
 
 

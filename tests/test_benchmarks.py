@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from benchmarks import quality, report
-from benchmarks.runs import Bench, CompletionTrainer, Run, Setting, spline_lr_ratio
+from benchmarks.runs import Bench, CompletionTrainer, Run, Setting, spline_lr
 from benchmarks.tasks import (
     IGNORED,
     Prefix,
@@ -572,19 +572,19 @@ def test_the_splines_rate_stays_where_it_is_told_to(tmp_path):
     args = TrainingArguments(tmp_path, **steps, remove_unused_columns=False, report_to="none")
     shared = {"train_dataset": examples(), "data_collator": collate, "callbacks": [Seen()]}
     model = adapted_by({"kind": "lslora"})
-    CompletionTrainer(model, args, **shared, spline_lr_ratio=5.0, spline_hold=0.5).train()
+    CompletionTrainer(model, args, **shared, spline_lr=0.5, spline_hold=0.5).train()
     plain, spline = zip(*rates, strict=True)
     assert plain == pytest.approx([0, 0.05, 0.1, 0.1 * 5 / 6, 0.1 * 4 / 6, 0.05, 0.1 * 2 / 6, 0.1 / 6])
     assert spline == pytest.approx([0, 0.25, 0.5, 0.5, 0.5, 0.375, 0.25, 0.125])
 
 
 def test_a_splines_rate_is_given_as_a_ratio_or_itself():
-    def ratio(**method):
-        return spline_lr_ratio(Run("spline", {"kind": "lslora", **method}, r=4, lr=0.004, seed=0))
+    def rate(**method):
+        return spline_lr(Run("spline", {"kind": "lslora", **method}, r=4, lr=0.004, seed=0))
 
-    assert ratio() == 1 and ratio(spline_lr_ratio=20.0) == 20 and ratio(spline_lr=0.1) == pytest.approx(25)
+    assert (rate(), rate(spline_lr_ratio=20.0), rate(spline_lr=0.1)) == (0.004, 0.08, 0.1)
     with pytest.raises(ValueError, match="spline must have spline_lr or spline_lr_ratio, got both"):
-        ratio(spline_lr=0.1, spline_lr_ratio=20.0)
+        rate(spline_lr=0.1, spline_lr_ratio=20.0)
 
 
 def test_deltas_are_trained_at_a_learning_rate_of_their_own():
@@ -592,7 +592,7 @@ def test_deltas_are_trained_at_a_learning_rate_of_their_own():
 
     model = adapted_by({"kind": "delta", "place": "token", "knots": 5, "waits": 1})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    separate_form_group(optimizer, model, 5.0)
+    separate_form_group(optimizer, model, 0.5)
     deltas = {id(p) for name, p in model.named_parameters() if "lora_delta" in name}
     assert deltas and {id(p) for p in optimizer.param_groups[1]["params"]} == deltas
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]

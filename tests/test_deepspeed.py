@@ -35,7 +35,7 @@ def train(folder, deepspeed=None):
         args=TrainingArguments(**arguments),
         train_dataset=tokenized(),
         data_collator=DataCollatorForLanguageModeling(tokenizer(), mlm=False),
-        spline_lr_ratio=3.0,
+        spline_lr=0.15,
         callbacks=[SplineCallback()],
     )
     trainer.train()

@@ -30,7 +30,7 @@ base = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
 model = get_peft_model(base, LSLoraConfig(r=2, target_modules="all-linear"))
 rows = [{"input_ids": list(range(i, i + 8)), "labels": list(range(i, i + 8))} for i in range(8)]
 args = TrainingArguments("out", max_steps=3, logging_steps=1, use_cpu=True, report_to="none")
-trainer = SplineTrainer(model, args, train_dataset=rows, spline_lr_ratio=10.0, callbacks=[SplineCallback()])
+trainer = SplineTrainer(model, args, train_dataset=rows, spline_lr=0.01, callbacks=[SplineCallback()])
 trainer.train()
 trainer.save_model()
 trainer.save_state()

@@ -41,7 +41,7 @@ def test_defaults_are_the_reference_recipe():
     reference = {
         "method": "lslora", "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["all-linear"],
         "num_knots": 5, "k_min": -3.0, "k_max": 3.0, "interpolation_method": "piecewise", "extrapolation": "clamp",
-        "spline_reg_weight": 0.01, "spline_lr_ratio": 1.0, "learning_rate": 2e-4, "batch_size": 4, "max_steps": 500,
+        "spline_reg_weight": 0.01, "spline_lr": None, "learning_rate": 2e-4, "batch_size": 4, "max_steps": 500,
         "gradient_accumulation_steps": 1, "loss_on_prompt": False, "load_in_4bit": False, "report_to": ["none"],
     }  # fmt: skip
     assert vars(args).items() >= reference.items()
@@ -50,7 +50,7 @@ def test_defaults_are_the_reference_recipe():
 
 
 def test_a_run_leaves_everything_it_promises(tiny, tmp_path, capsys):
-    assert run(tiny, tmp_path, "--eval_dataset_path", tiny / "train.jsonl", "--spline_lr_ratio", 50) == 0
+    assert run(tiny, tmp_path, "--eval_dataset_path", tiny / "train.jsonl", "--spline_lr", 1e-2) == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "spline_diagnostics.json",
@@ -110,10 +110,10 @@ def test_recommended_settings_are_defaults_that_flags_still_override():
         r=4, calibration_steps=20, num_knots=7, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     assert config.to_dict() == expected.to_dict()
-    assert args.spline_lr_ratio * args.learning_rate == pytest.approx(RECOMMENDED_SPLINE_LR)
-    assert train_lslora.parse_args([*given, "--spline_lr_ratio", "3"]).spline_lr_ratio == 3
+    assert args.spline_lr == RECOMMENDED_SPLINE_LR
+    assert train_lslora.parse_args([*given, "--spline_lr", "3"]).spline_lr == 3
     plain = train_lslora.parse_args([*given[:-3], "--r", "4"])
-    assert (plain.lora_alpha, plain.spline_lr_ratio, plain.calibration_steps) == (32, 1.0, 0)
+    assert (plain.lora_alpha, plain.spline_lr, plain.calibration_steps) == (32, None, 0)
 
 
 @pytest.mark.parametrize("more", [[], ["--recommended"]])
@@ -142,7 +142,7 @@ def test_plain_lora_with_everything_else_equal(tiny, tmp_path):
     Without clipping, since the norm that is clipped counts the gradients of the splines too.
     """
     assert run(tiny, tmp_path / "lora", "--max_grad_norm", 0, "--method", "lora") == 0
-    assert run(tiny, tmp_path / "lslora", "--max_grad_norm", 0, "--spline_lr_ratio", 1e-12) == 0
+    assert run(tiny, tmp_path / "lslora", "--max_grad_norm", 0, "--spline_lr", 1e-16) == 0
     lora, lslora = (log_of(tmp_path / name) for name in ("lora", "lslora"))
     assert PeftConfig.from_pretrained(tmp_path / "lora").peft_type == "LORA"
     assert [entry["loss"] for entry in lora] == pytest.approx([entry["loss"] for entry in lslora], rel=1e-5)
@@ -253,7 +253,7 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny, tmp_path, monkeypatch, 
         (["--num_knots", 1], "num_knots must be at least 2, got 1"),
         (["--k_min", 1], "0 must lie within k_min and k_max"),
         (["--lora_dropout", 1.5], "lora_dropout must"),
-        (["--spline_lr_ratio", 0], "spline_lr_ratio must be positive, got 0"),
+        (["--spline_lr", 0], "spline_lr must be positive, got 0"),
         (["--lr_scheduler_type", "stairs"], "stairs"),
         (["--optim", "adamx"], "adamx"),
         (["--report_to", "wanb"], "wanb"),
@@ -363,8 +363,8 @@ def launch(processes, tiny, output_dir, *more):
         len(ROWS) // processes,
         "--lora_dropout",
         0,
-        "--spline_lr_ratio",
-        50,
+        "--spline_lr",
+        1e-2,
         "--save_steps",
         4,
     ]

@@ -73,7 +73,7 @@ def make(kind, adapted, folder, **more):
         extra = {"data_collator": DataCollatorForLanguageModeling(chat, mlm=False)}
     if kind == "grpo":
         extra["reward_funcs"] = length_reward
-    return trainer_class(adapted, args=arguments, train_dataset=data(), spline_lr_ratio=20.0, **extra)
+    return trainer_class(adapted, args=arguments, train_dataset=data(), spline_lr=0.02, **extra)
 
 
 def trained(adapted):

@@ -241,13 +241,13 @@ def test_spline_group():
     peft_model = model()
     trainable = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.1)
-    separate_spline_group(optimizer, peft_model, lr_ratio=25.0)
+    separate_spline_group(optimizer, peft_model, lr=0.025)
     others, own = optimizer.param_groups
     assert {id(p) for p in own["params"]} == {id(p) for s in splines(peft_model) for p in s.parameters()}
     assert (own["lr"], own["weight_decay"], others["lr"], others["weight_decay"]) == (0.025, 0.0, 1e-3, 0.1)
     assert len(own["params"]) + len(others["params"]) == len(trainable)
-    with pytest.raises(ValueError, match="lr_ratio must be positive, got 0"):
-        separate_spline_group(optimizer, peft_model, lr_ratio=0)
+    with pytest.raises(ValueError, match="lr must be positive, got 0"):
+        separate_spline_group(optimizer, peft_model, lr=0)
     with pytest.raises(ValueError, match="must come from groups of one lr"):
         mixed = [{"params": [p], "lr": 10.0**-i} for i, p in enumerate(splines(peft_model)[0].parameters())]
         separate_spline_group(torch.optim.SGD(mixed), peft_model)
@@ -267,7 +267,7 @@ def test_the_spline_group_inherits_what_its_source_was_set_to():
     trainable = [(name, p) for name, p in peft_model.named_parameters() if p.requires_grad]
     own = {"betas": (0.5, 0.6), "eps": 1e-3}
     optimizer = torch.optim.AdamW([{"params": trainable, **own}], lr=1e-3)
-    separate_spline_group(optimizer, peft_model, lr_ratio=2.0)
+    separate_spline_group(optimizer, peft_model, lr=2e-3)
     first, second = optimizer.param_groups
     assert (second["betas"], second["eps"], second["lr"]) == (*own.values(), 2e-3)
     by_id = {id(p): name for name, p in trainable}
@@ -290,36 +290,36 @@ class SplineSFTTrainer(SplineTrainerMixin, SFTTrainer):
     pass
 
 
-def test_trainer_scales_the_learning_rate_of_the_splines_and_logs_them(tmp_path):
+def test_trainer_gives_the_splines_their_learning_rate_and_logs_them(tmp_path):
     start = model(offset=0.0)
     before = {name: p.detach().clone() for name, p in start.named_parameters()}
     steps = {}
-    for ratio in (1.0, 10.0):
+    for rate in (None, 1e-2):
         peft_model = model()
         trainer = sft(
-            tmp_path, peft_model, trainer=SplineSFTTrainer, trainer_settings={"spline_lr_ratio": ratio},
+            tmp_path, peft_model, trainer=SplineSFTTrainer, trainer_settings={"spline_lr": rate},
             logging_steps=1, max_grad_norm=0.0, lr_scheduler_type="linear", max_steps=1,
         )  # fmt: skip
         trainer.train()
-        steps[ratio] = {n: p.detach() - before[n] for n, p in peft_model.named_parameters() if p.requires_grad}
+        steps[rate] = {n: p.detach() - before[n] for n, p in peft_model.named_parameters() if p.requires_grad}
         entry = next(e for e in trainer.state.log_history if "loss" in e)
         deviation = sum(s.weight.detach().abs().mean().item() for s in splines(peft_model)) / 14
         assert entry["spline/deviation"] == pytest.approx(deviation, rel=1e-5) and deviation > 0
         assert {"spline/slope_variance", "spline/input_scale", "spline/output_scale"} <= entry.keys()
-    for name, step in steps[1.0].items():
+    for name, step in steps[None].items():
         ratio = 10.0 if "lora_spline" in name else 1.0
         # Steps are differences of fp32 numbers near 1 for A and B, hence the absolute part.
-        torch.testing.assert_close(steps[10.0][name], ratio * step, rtol=1e-3, atol=2e-7, msg=name)
+        torch.testing.assert_close(steps[1e-2][name], ratio * step, rtol=1e-3, atol=2e-7, msg=name)
 
 
-def test_trainer_refuses_a_ratio_that_is_not_positive(tmp_path):
-    with pytest.raises(ValueError, match="spline_lr_ratio must be positive, got -1"):
-        sft(tmp_path, model(), trainer=SplineSFTTrainer, trainer_settings={"spline_lr_ratio": -1})
+def test_trainer_refuses_a_rate_that_is_not_positive(tmp_path):
+    with pytest.raises(ValueError, match="spline_lr must be positive, got -1"):
+        sft(tmp_path, model(), trainer=SplineSFTTrainer, trainer_settings={"spline_lr": -1})
 
 
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path):
     more = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "lr_scheduler_type": "linear"}
-    more |= {"trainer": SplineSFTTrainer, "trainer_settings": {"spline_lr_ratio": 20.0}, "max_steps": 4}
+    more |= {"trainer": SplineSFTTrainer, "trainer_settings": {"spline_lr": 2e-2}, "max_steps": 4}
     whole, resumed = model(), model()
     sft(tmp_path / "whole", whole, **more).train()
     sft(tmp_path / "resumed", resumed, **more).train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
@@ -329,16 +329,16 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path):
 
 
 def test_an_optimizer_asked_for_twice_keeps_its_rates(tmp_path):
-    ratio = {"spline_lr_ratio": 3.0}
-    trainer = sft(tmp_path, model(), trainer=SplineSFTTrainer, trainer_settings=ratio, learning_rate=1e-2)
+    rate = {"spline_lr": 3e-2}
+    trainer = sft(tmp_path, model(), trainer=SplineSFTTrainer, trainer_settings=rate, learning_rate=1e-2)
     optimizer = trainer.create_optimizer()
     assert trainer.create_optimizer() is optimizer
     assert sorted(group["lr"] for group in optimizer.param_groups if group["params"]) == pytest.approx([1e-2, 3e-2])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_training_twice_scales_the_rate_once(tmp_path, schedule):
-    more = {"trainer": SplineSFTTrainer, "trainer_settings": {"spline_lr_ratio": 10.0}, "learning_rate": 1e-3}
+def test_training_twice_keeps_the_rates(tmp_path, schedule):
+    more = {"trainer": SplineSFTTrainer, "trainer_settings": {"spline_lr": 1e-2}, "learning_rate": 1e-3}
     trainer = sft(tmp_path, model(), lr_scheduler_type=schedule, max_steps=2, **more)
     rates = []
     for _ in range(2):
@@ -352,7 +352,7 @@ def test_an_optimizer_with_its_scheduler_must_know_the_splines(tmp_path):
         peft_model = model()
         optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-3)
         if separated:
-            separate_spline_group(optimizer, peft_model, lr_ratio=4.0)
+            separate_spline_group(optimizer, peft_model, lr=4e-3)
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         trainer = sft(
             tmp_path, peft_model, trainer=SplineSFTTrainer, trainer_settings={"optimizers": (optimizer, scheduler)}

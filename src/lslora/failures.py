@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from .diagnostics import Record, trained_records
 
 UNSTABLE = 1.0  # slope variance, see lslora.diagnostics
-REMEDY = "a smaller learning rate, or a smaller spline_lr_ratio"
+REMEDY = "a smaller learning rate, or a smaller spline_lr"
 
 
 def all_finite(loss: Tensor, gradients: Iterable[Tensor]) -> bool:

@@ -26,25 +26,24 @@ RECOMMENDED_SPLINE_LR = 0.05
 NOT_SHARED = {"params", "param_names", "weight_decay", "initial_lr"}
 
 
-def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr_ratio: float = 1.0) -> None:
+def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr: float | None = None) -> None:
     """Move the trainable spline parameters of `model` into a group of their own at the end of `optimizer`'s groups.
 
-    The group has no weight decay and the learning rate `lr_ratio · lr`, with `lr` and everything else that of the
-    group the parameters came from. Call it before a learning rate scheduler is made, so that the scheduler sees the
-    group.
+    The group has no weight decay; everything else it has of the group that the parameters came from. Call it before a
+    learning rate scheduler is made, so that the scheduler sees the group.
 
     Args:
         optimizer: Any torch optimizer over the parameters of `model`, before its first step.
         model: A model with LS-LoRA adapters; without any, nothing changes.
-        lr_ratio: > 0. At 1 (the reference recipe) 500 Adam steps at 2e-4 move a knot by 0.1 at most; 10 to 100 let
-            the splines take shape. For a rate of the splines itself, divide it by that of A and B.
+        lr: The splines' learning rate, > 0; None for that of A and B, as in the reference recipe, where 500 Adam steps
+            at 2e-4 move a knot by 0.1 at most. `RECOMMENDED_SPLINE_LR` lets the splines take shape.
 
     Raises:
-        ValueError: `lr_ratio` is not positive, spline parameters come from groups of different settings, or the
-            optimizer finds its learning rate by itself (`lr=None`).
+        ValueError: `lr` is not positive, spline parameters come from groups of different settings, or the optimizer
+            finds its learning rate by itself (`lr=None`).
     """
-    if not lr_ratio > 0:
-        raise ValueError(f"lr_ratio must be positive, got {lr_ratio}")
+    if lr is not None and not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")
     ids = _trained(model)
     sources = [group for group in optimizer.param_groups if any(id(p) in ids for p in group["params"])]
     if not sources:
@@ -56,8 +55,8 @@ def separate_spline_group(optimizer: Optimizer, model: nn.Module, *, lr_ratio: f
             raise ValueError(f"spline parameters must come from groups of one {name}, got {values}")
     rate = settings[0]["lr"]
     if rate is None:
-        raise ValueError("an optimizer must have a learning rate of which the splines get a multiple, got lr=None")
-    moved: dict[str, Any] = {**settings[0], "lr": rate * lr_ratio, "weight_decay": 0.0}
+        raise ValueError("an optimizer must have a learning rate, beside which the splines get theirs, got lr=None")
+    moved: dict[str, Any] = {**settings[0], "lr": rate if lr is None else lr, "weight_decay": 0.0}
     for group in sources:
         mine = [id(p) in ids for p in group["params"]]
         for entries in group.keys() & {"params", "param_names"}:
@@ -104,23 +103,24 @@ class SplineTrainerMixin:
     Put it in front of the trainer's class:
 
         class SplineSFTTrainer(SplineTrainerMixin, SFTTrainer): ...
-        SplineSFTTrainer(model, args=..., spline_lr_ratio=10.0)
+        SplineSFTTrainer(model, args=..., spline_lr=0.05)
 
     Args:
-        spline_lr_ratio: Learning rate of the splines over that of A and B, > 0. Where the trainer is given an
-            optimizer together with its scheduler, that has the splines in groups of their own, at rates of their own.
+        spline_lr: Learning rate of the splines, > 0, which follows the schedule as that of A and B does; None for that
+            of A and B. Where the trainer is given an optimizer together with its scheduler, that has the splines in
+            groups of their own, at rates of their own.
 
     Raises:
         FloatingPointError: in training, when the loss or a gradient is not finite; it names the step, the layer where
             that begins and its spline's state.
-        ValueError: `spline_lr_ratio` is not positive, DeepSpeed is set to its own optimizer or to fp16, or the trainer
+        ValueError: `spline_lr` is not positive, DeepSpeed is set to its own optimizer or to fp16, or the trainer
             is given an optimizer and a scheduler that know of no group for the splines.
     """
 
-    def __init__(self, *args: Any, spline_lr_ratio: float = 1.0, **kwargs: Any) -> None:
-        if not spline_lr_ratio > 0:
-            raise ValueError(f"spline_lr_ratio must be positive, got {spline_lr_ratio}")
-        self.spline_lr_ratio = spline_lr_ratio
+    def __init__(self, *args: Any, spline_lr: float | None = None, **kwargs: Any) -> None:
+        if spline_lr is not None and not spline_lr > 0:
+            raise ValueError(f"spline_lr must be positive, got {spline_lr}")
+        self.spline_lr = spline_lr
         self._separated: Optimizer | None = None
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:  # type: ignore[attr-defined]
@@ -139,7 +139,7 @@ class SplineTrainerMixin:
             return optimizer
         model, scheduler = self.model, self.lr_scheduler  # type: ignore[attr-defined]
         if scheduler is None:
-            separate_spline_group(optimizer, model, lr_ratio=self.spline_lr_ratio)
+            separate_spline_group(optimizer, model, lr=self.spline_lr)
         elif _is_mixed(inner.param_groups, _trained(model)):
             raise ValueError(
                 "an optimizer that comes with a scheduler must have the splines in groups of their own: call "

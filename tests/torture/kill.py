@@ -143,6 +143,6 @@ def child(folder, output, resume, pipe):
     register_optimizer_step_post_hook(lambda *_: pipe.send("step"))
     arguments = ["--model_name", folder / "model", "--dataset_path", folder / "train.jsonl", "--output_dir", output]
     arguments += ["--max_steps", STEPS, "--save_steps", SAVE_STEPS, "--logging_steps", 1, "--learning_rate", 1e-2]
-    arguments += ["--r", 2, "--calibration_steps", CALIBRATION_STEPS, "--spline_lr_ratio", 5, "--quiet"]
+    arguments += ["--r", 2, "--calibration_steps", CALIBRATION_STEPS, "--spline_lr", 5e-2, "--quiet"]
     arguments += ["--resume"] if resume else []
     os._exit(train_lslora.main([str(argument) for argument in arguments]))

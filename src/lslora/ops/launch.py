@@ -30,7 +30,8 @@ def launch(
         programs: The grid.
         tensors: Contiguous; None where the kernel shall do without.
         counts: Integers that change from call to call, like that of tokens.
-        numbers: What the kernel may be compiled for: integers are, if they are 1 or divisible by 16.
+        numbers: What the kernel may be compiled for: integers are, if they are 1 or divisible by 16. Each always has
+            one type: 2 and 2.0 are not told apart.
         settings: Parameters that are constants when it is compiled, and options of the compiler.
     """
     first = tensors[0]

@@ -253,4 +253,4 @@ def arguments(offsets: Tensor, grid: reference.Grid) -> tuple[tuple[float, float
     """What kernels want to know of the grid: numbers, and what they are compiled for."""
     per_spacing = 1 / reference.spacing(offsets.numel(), grid)
     settings = {"last": offsets.numel() - 2, "clamps": grid.extrapolation == "clamp"}
-    return (grid.k_min, grid.k_max, per_spacing), settings
+    return (float(grid.k_min), float(grid.k_max), per_spacing), settings

@@ -255,7 +255,7 @@ def forward(
         programs = ceil_div(m, compiled["columns"]), ceil_div(n, compiled["rows"]), 1
         factors = input_scale_offset, output_scale_offset, stretch
         tensors = base, h, weight, out, offsets.contiguous(), *factors
-        launch(_forward, programs, tensors, (n,), (scaling, m, r, *numbers), {**settings, **compiled})
+        launch(_forward, programs, tensors, (n,), (float(scaling), m, r, *numbers), {**settings, **compiled})
     return out
 
 
@@ -286,7 +286,7 @@ def backward(
     in_parts_b = g.new_empty(parts_b, m, r, dtype=torch.float32)
     sums = g.new_empty(down * parts_h, width, dtype=torch.float64)
     found = [None if tensor is None else torch.empty_like(tensor) for tensor in (h, weight, offsets, *factors[:2])]
-    spline, constants = (offsets, *factors), (scaling, m, r, *numbers)
+    spline, constants = (offsets, *factors), (float(scaling), m, r, *numbers)
     in_rows = g, h, weight, in_parts_h, in_parts_b if at_once else None, sums, *spline
     launch(_backward_rows, (parts_h, down, 1), in_rows, (n,), constants, {**settings, **compiled, "width": width})
     if not at_once:

@@ -248,15 +248,14 @@ def _splines_of(unit: nn.Module, splines: dict[str, Spline]) -> dict[str, Spline
 def _read(splines: dict[str, Spline]) -> dict[str, Record]:
     """Their records. What is stored comes to the CPU in one piece: training waits for the device once a record."""
     stored = {
-        (layer, name): whole(tensor)
+        layer: {name: whole(tensor) for name in STORED if (tensor := getattr(spline, name)) is not None}
         for layer, spline in splines.items()
-        for name in STORED
-        if (tensor := getattr(spline, name)) is not None
     }
-    numbers: dict[str, dict[str, Tensor]] = {}
-    for (layer, name), tensor in zip(stored, _on_cpu(list(stored.values())), strict=True):
-        numbers.setdefault(layer, {})[name] = tensor
-    return {layer: _record(layer, spline.grid_on("cpu"), **numbers[layer]) for layer, spline in splines.items()}
+    numbers = iter(_on_cpu([tensor for by_name in stored.values() for tensor in by_name.values()]))
+    return {
+        layer: _record(layer, splines[layer].grid_on("cpu"), **{name: next(numbers) for name in by_name})
+        for layer, by_name in stored.items()
+    }
 
 
 @torch.no_grad()

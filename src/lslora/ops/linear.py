@@ -144,12 +144,9 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_x = grad_dropped = grad_a = None
         if wants_x:
             grad_x = grad_output @ base_weight
-            if ctx.is_dropped:
-                pass
-            elif rows.dtype == grad_x.dtype:
-                grad_x.view(-1, inner).addmm_(rows, a)
-            else:
-                grad_x.view(-1, inner).add_(rows @ a)
+            if not ctx.is_dropped:
+                flat = grad_x.view(-1, inner)
+                flat.addmm_(rows, a) if rows.dtype == flat.dtype else flat.add_(rows @ a)
         if wants_dropped:
             grad_dropped = grad_h @ a
         if wants_a:

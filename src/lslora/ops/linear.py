@@ -146,7 +146,10 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_x = grad_output @ base_weight
             if not ctx.is_dropped:
                 flat = grad_x.view(-1, inner)
-                flat.addmm_(rows, a) if rows.dtype == flat.dtype else flat.add_(rows @ a)
+                if rows.dtype == flat.dtype:
+                    flat.addmm_(rows, a)
+                else:
+                    flat.add_(rows @ a)
         if wants_dropped:
             grad_dropped = grad_h @ a
         if wants_a:

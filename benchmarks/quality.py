@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="only these, all by default")
     parser.add_argument("--lr", type=float, nargs="+", help="only these learning rates, all by default")
     parser.add_argument("--baseline", default="lora", help="method that a report compares the others with")
+    parser.add_argument("--rows", choices=("odd", "even", "all"), default="odd", help="that a report tells of")
     args = parser.parse_args(argv)
     setting, runs = read_plan(args.plan)
     part = [run for run in runs if (not args.seeds or run.seed in args.seeds) and (not args.lr or run.lr in args.lr)]
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if not records:
         parser.error(f"{folder} has no results of this plan")
     try:
-        report(records, args.baseline)
+        report(records, args.baseline, args.rows)
     except ValueError as error:
         parser.error(f"{folder}: {error}")
     if part == runs and args.baseline == "lora":

@@ -1,7 +1,7 @@
 """Tables and pictures of a plan's runs: the best learning rate of every method, and paired differences over seeds.
 
 The learning rate of a method is chosen on the even rows of the validation file and its results are reported on the odd
-rows, so that choosing among many does not flatter the winner.
+rows, so that choosing among many does not flatter the winner. All rows count where nothing was chosen on the file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from lslora.plots import plot_deviations
 Record = dict[str, Any]
 Cell = dict[float, dict[int, Record]]  # learning rate → seed → record
 
-EVEN, ODD = 0, 1
+EVEN, ODD, ALL = "even", "odd", "all"
+ROWS = {ODD: slice(1, None, 2), EVEN: slice(0, None, 2), ALL: slice(None)}
 NLL, ACCURACY = "nats per completion token, less is better", "per cent right, more is better"
 METRICS = {  # name → part of a record, its field, unit
     "nll": ("validation", "nll", NLL),
@@ -46,8 +47,8 @@ class Difference(NamedTuple):
     p: float
 
 
-def report(records: list[Record], baseline: str = "lora") -> None:
-    """Print the tables.
+def report(records: list[Record], baseline: str = "lora", rows: str = ODD) -> None:
+    """Print the tables: what was chosen on the even rows, and on `rows`, a key of `ROWS`, what came of it.
 
     Raises:
         ValueError: `baseline` is no method of the records.
@@ -58,7 +59,7 @@ def report(records: list[Record], baseline: str = "lora") -> None:
         raise ValueError(f"the baseline must be one of {sorted(methods)}, got {baseline!r}")
     for metric in metrics_of(records):
         console.print(rate_table(cells, metric))
-        console.print(difference_table(cells, metric, baseline))
+        console.print(difference_table(cells, metric, baseline, rows))
     console.print(spline_table(cells))
 
 
@@ -93,18 +94,18 @@ def group(records: list[Record]) -> dict[tuple[int, str], Cell]:
     return cells
 
 
-def score(record: Record, metric: str, rows: int) -> float:
-    """The metric over every second row measured, starting at row `rows`; the worst there is where the run diverged."""
+def score(record: Record, metric: str, rows: str) -> float:
+    """The metric over those of the measured rows that `rows` names; the worst there is where the run diverged."""
     part, name, _ = METRICS[metric]
     if record["diverged"]:
         return math.inf if name == "nll" else 0.0
-    found = record[part]
+    found, taken = record[part], ROWS[rows]
     if name == "accuracy":
-        return 100 * fmean(found["row_correct"][rows::2])
-    return sum(found["row_nll"][rows::2]) / sum(found["row_tokens"][rows::2])
+        return 100 * fmean(found["row_correct"][taken])
+    return sum(found["row_nll"][taken]) / sum(found["row_tokens"][taken])
 
 
-def mean_score(seeds: dict[int, Record], metric: str, rows: int) -> float:
+def mean_score(seeds: dict[int, Record], metric: str, rows: str) -> float:
     return fmean(score(record, metric, rows) for record in seeds.values())
 
 
@@ -126,13 +127,13 @@ def is_bracketed(cell: Cell, rate: float) -> bool:
     return min(cell) < rate < max(cell)
 
 
-def difference(cell: Cell, baseline: Cell, metric: str) -> Difference | None:
-    """The method's best learning rate minus the baseline's, on the odd rows; None below two common seeds."""
+def difference(cell: Cell, baseline: Cell, metric: str, rows: str = ODD) -> Difference | None:
+    """The method's best learning rate minus the baseline's, on `rows`; None below two common seeds."""
     ours, theirs = cell[best_rate(cell)], baseline[best_rate(baseline)]
     seeds = sorted(ours.keys() & theirs.keys())
     if len(seeds) < 2:
         return None
-    a, b = ([score(side[seed], metric, ODD) for seed in seeds] for side in (ours, theirs))
+    a, b = ([score(side[seed], metric, rows) for seed in seeds] for side in (ours, theirs))
     test = ttest_rel(a, b)
     low, high = test.confidence_interval(0.95)
     return Difference(len(seeds), fmean(a) - fmean(b), low, high, test.pvalue)
@@ -161,18 +162,18 @@ def rate_table(cells: dict[tuple[int, str], Cell], metric: str) -> Table:
     return table
 
 
-def difference_table(cells: dict[tuple[int, str], Cell], metric: str, baseline: str) -> Table:
+def difference_table(cells: dict[tuple[int, str], Cell], metric: str, baseline: str, rows: str) -> Table:
     """Every method at its best learning rate, and its paired difference from the baseline at its own."""
-    table = Table(title=f"{metric} on the odd rows, each method at its best learning rate")
+    table = Table(title=f"{metric} on the {rows} rows, each method at its best learning rate")
     for heading in ("r", "method", "lr", "seeds", "parameters", "mean", f"minus {baseline}", "95 % interval", "p"):
         add_column(table, heading)
     for (r, name), cell in sorted(cells.items()):
         rate = best_rate(cell)
         found = list(cell[rate].values())
         row = [str(r), name, f"{rate:g}", str(len(found)), f"{found[0]['trainable_parameters']:,}"]
-        row.append(f"{fmean(score(x, metric, ODD) for x in found):.4f}")
+        row.append(f"{fmean(score(x, metric, rows) for x in found):.4f}")
         other = cells.get((r, baseline))
-        d = difference(cell, other, metric) if other and name != baseline else None
+        d = difference(cell, other, metric, rows) if other and name != baseline else None
         row += [f"{d.mean:+.4f}", f"[{d.low:+.4f}, {d.high:+.4f}]", f"{d.p:.2g}"] if d else ["", "", ""]
         table.add_row(*row)
     return table

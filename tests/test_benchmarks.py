@@ -347,6 +347,22 @@ def test_what_is_retained_is_reported_beside_what_is_learned(tmp_path, capsys):
     assert "retained nll on the odd rows" in shown and "+0.0400" in shown  # runs 4 and 5 against 0 and 1
 
 
+@pytest.mark.parametrize(
+    ("rows", "mean", "difference"),
+    [("odd", "1.4050", "-0.2000"), ("even", "0.4050", "-0.1000"), ("all", "0.9050", "-0.1500")],
+)
+def test_a_report_tells_of_the_rows_asked_for(rows, mean, difference, capsys):
+    records = [record("lora", 1e-3, s, 0.4 + 0.01 * s) for s in (0, 1)]
+    for s in (0, 1):
+        found = record("o", 1e-3, s, 0.3 + 0.01 * s)
+        found["validation"]["row_nll"] = [0.3 + 0.01 * s, 1.2 + 0.01 * s] * 3
+        records.append(found)
+    report.report(records, rows=rows)
+    shown = capsys.readouterr().out
+    assert f"nll on the {rows} rows, each" in shown and mean in shown and difference in shown
+    assert "nll on the even rows, seeds" in shown  # what chose the rates, whatever is told
+
+
 def test_any_method_can_be_the_baseline(capsys):
     records = [record(n, 1e-3, s, x + 0.01 * s) for n, x in (("lora", 0.4), ("o", 0.3), ("p", 0.6)) for s in (0, 1)]
     report.report(records, baseline="p")
@@ -369,6 +385,8 @@ def test_a_report_of_a_part_leaves_the_pictures_alone(plan, tmp_path, capsys):
     assert quality.main([*arguments, "--seeds", str(seed), "--lr", str(lr)]) == 0
     assert f"{1 + 0.4 + 0.01 * seed:.4f}" in capsys.readouterr().out
     assert not list(folder.glob("*.png"))
+    assert quality.main([*arguments, "--seeds", str(seed), "--lr", str(lr), "--rows", "all"]) == 0
+    assert f"{0.5 + 0.4 + 0.01 * seed:.4f}" in capsys.readouterr().out
     assert quality.main(arguments) == 0
     assert list(folder.glob("*.png"))
 

@@ -106,7 +106,7 @@ class LSLoraConfig(LoraConfig):
         benchmarks/LOG.md says how they were found, and README.md what they gain over LoRA. They go with a learning
         rate of the splines of 0.05, whatever that of A and B (`lslora.training.RECOMMENDED_SPLINE_LR`), and with
         `calibration_steps` at a third of the run's steps: set it. `lora_alpha` is 10 r unless given; tune it with
-        LoRA's rate (at r = 4 the spline gained something on 40 r alone on math word problems, where 40 r does LoRA no harm).
+        LoRA's rate (at r = 4 the spline gains most on 40 r, which is good for LoRA on some data and not on other).
         """
         settings: dict[str, Any] = {**RECOMMENDED, **overrides}
         settings.setdefault("lora_alpha", 10 * settings.get("r", LoraConfig().r))

@@ -108,6 +108,22 @@ class WithoutLogitsToKeep(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask, position_ids, past_key_values, use_cache=use_cache)
 
 
+class WithNewCacheName(LlamaForCausalLM):
+    """The cache's name in transformers 5.24 and later, whatever version this is."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None, use_cache=None):
+        output = super().forward(input_ids, attention_mask, position_ids, cache, use_cache=use_cache)
+        output.cache = cache if cache is not None else output.past_key_values
+        return output
+
+
+class WithoutCache(LlamaForCausalLM):
+    """An architecture that reads whatever it gets from the start."""
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+        return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+
 def make_model(name="llama", dtype=torch.float64):
     torch.manual_seed(0)
     model = ARCHITECTURES[name]()
@@ -206,6 +222,22 @@ def test_architectures_that_lack_an_argument(tokenizer):
     bloom = BloomForCausalLM(BloomConfig(n_layer=2, n_head=4, hidden_size=32, vocab_size=400)).double().eval()
     for row in MIXED:
         assert_scores_close(score_options(bloom, tokenizer, [row]), [plain_scores(bloom, tokenizer, row)])
+
+
+def test_the_cache_is_passed_under_the_name_that_the_model_has_for_it(tokenizer):
+    model = make_model()
+    expected = [plain_scores(model, tokenizer, row) for row in MIXED]
+    model.__class__ = WithNewCacheName
+    assert_scores_close(score_options(model, tokenizer, MIXED), expected)
+
+
+def test_a_model_that_takes_no_cache_is_not_scored(tokenizer):
+    model = make_model()
+    model.__class__ = WithoutCache
+    with pytest.raises(
+        ValueError, match="forward must take one of .*'past_key_values'.*, got one that takes .*'input_"
+    ):
+        score_options(model, tokenizer, MIXED)
 
 
 def test_a_model_that_computes_no_numbers_is_not_scored(tokenizer):

@@ -18,6 +18,8 @@ from .data import Row
 from .prompts import common_prefix, pad_left, prompt_ids
 
 Model: TypeAlias = PreTrainedModel | PeftModel
+# transformers' names of what a model remembers of a sequence: since 5.24; before, with attention and without.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
 @torch.inference_mode()
@@ -44,15 +46,16 @@ def score_options(
 
     Raises:
         ValueError: a row has no options, or its output does not contain its answer, or the tokens of one option begin
-            with all those of another (which could then never be the less likely one), or the model yields NaN.
+            with all those of another (which could then never be the less likely one), the model takes no cache,
+            or it yields NaN.
     """
     choices = [tokenize_options(tokenizer, row, chat_template) for row in rows]
     with eval_mode(model):
         input_ids, mask = pad_left([choice.shared for choice in choices], tokenizer, model.device)
         # Logits predict the next token: one position before each shared completion token, and the last of all.
         keep = 1 + max(len(choice.shared) - choice.start for choice in choices)
-        output = _forward(model, input_ids, mask, _positions(mask), logits_to_keep=keep)
-        log_probs = _log_probs(output.logits[:, -keep:])
+        logits, cache = _forward(model, input_ids, mask, _positions(mask), logits_to_keep=keep)
+        log_probs = _log_probs(logits[:, -keep:])
         totals = []
         for row, choice in zip(log_probs, choices, strict=True):
             completion = choice.shared[choice.start :]
@@ -61,7 +64,7 @@ def score_options(
         rest = [(i, j) for i, choice in enumerate(choices) for j, tail in enumerate(choice.tails) if len(tail) > 1]
         if rest:
             tails = [choices[i].tails[j] for i, j in rest]
-            added = _continue(model, output.past_key_values, mask, [i for i, _ in rest], tails)
+            added = _continue(model, cache, mask, [i for i, _ in rest], tails)
             for (i, j), value in zip(rest, added, strict=True):
                 totals[i][j] += value
     for total in totals:
@@ -123,13 +126,26 @@ def _positions(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _forward(
-    model: Model, input_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, **further: Any
-) -> Any:
-    """Call the model with a cache, leaving out those of the further arguments that its architecture lacks."""
+    model: Model,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    positions: torch.Tensor,
+    cache: Any = None,
+    **further: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Logits and cache; positions and further arguments are left out where the architecture lacks them.
+
+    Raises:
+        ValueError: the model takes no cache, without which it would read the rest of an option as a text of its own.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     accepted = inspect.signature(base.forward).parameters
-    further = {name: value for name, value in (further | {"position_ids": positions}).items() if name in accepted}
-    return model(input_ids=input_ids, attention_mask=mask, use_cache=True, **further)
+    cache_name = next((name for name in CACHE_NAMES if name in accepted), None)
+    if cache_name is None:
+        raise ValueError(f"the model's forward must take one of {CACHE_NAMES}, got one that takes {tuple(accepted)}")
+    known = {name: value for name, value in (further | {"position_ids": positions}).items() if name in accepted}
+    output = model(input_ids=input_ids, attention_mask=mask, use_cache=True, **known, **{cache_name: cache})
+    return output.logits, getattr(output, cache_name)
 
 
 def _log_probs(logits: torch.Tensor) -> torch.Tensor:
@@ -153,6 +169,6 @@ def _continue(
     ids = torch.tensor([tail[:-1] + [0] * (width + 1 - len(tail)) for tail in tails], device=mask.device)
     ids_mask = torch.tensor([[1] * (len(tail) - 1) + [0] * (width + 1 - len(tail)) for tail in tails]).to(mask)
     whole = torch.cat([mask[source], ids_mask], dim=1)
-    output = _forward(model, ids, whole, _positions(whole)[:, -width:], past_key_values=cache)
-    log_probs = _log_probs(output.logits)
+    logits, _ = _forward(model, ids, whole, _positions(whole)[:, -width:], cache)
+    log_probs = _log_probs(logits)
     return [_picked(row[: len(tail) - 1], tail[1:]) for row, tail in zip(log_probs, tails, strict=True)]

@@ -22,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -229,6 +231,14 @@ def test_the_cache_is_passed_under_the_name_that_the_model_has_for_it(tokenizer)
     expected = [plain_scores(model, tokenizer, row) for row in MIXED]
     model.__class__ = WithNewCacheName
     assert_scores_close(score_options(model, tokenizer, MIXED), expected)
+
+
+def test_a_state_space_model_goes_on_from_its_state(tokenizer):
+    sizes = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8}
+    torch.manual_seed(0)
+    model = Mamba2ForCausalLM(Mamba2Config(hidden_size=32, num_hidden_layers=2, vocab_size=400, **sizes)).eval()
+    expected = [plain_scores(model, tokenizer, row) for row in MIXED]
+    assert_scores_close(score_options(model, tokenizer, MIXED), expected, rel=1e-6)
 
 
 def test_a_model_that_takes_no_cache_is_not_scored(tokenizer):

@@ -14,6 +14,7 @@ from torch import nn
 from lslora import LSLoraConfig
 from lslora.diagnostics import (
     BINS,
+    Occupancy,
     live_intervals,
     load_records,
     mean_metrics,
@@ -92,6 +93,14 @@ def test_occupancy_counts_z_in_the_intervals():
     np.testing.assert_allclose(record["density"], bins)
     assert live_intervals(record) == 1.0
     assert live_intervals({"occupancy": [0.0, 0.995, 0.005, 0.0]}) == 0.5
+
+
+def test_what_is_no_number_counts_as_above_the_grid():
+    spline = spline_of(make_model(layers=1, k_min=-0.5, k_max=0.5, num_knots=3))
+    occupancy = Occupancy()
+    occupancy.add("layer", spline, torch.tensor([-torch.inf, -3e38, -0.4, 0.4, 3e38, torch.inf, torch.nan]))
+    below, *inner, above = occupancy.counts["layer"].tolist()
+    assert (below, sum(inner[: BINS // 2]), sum(inner[BINS // 2 :]), above) == (2, 1, 1, 3)
 
 
 def test_files(tmp_path):

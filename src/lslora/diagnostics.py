@@ -122,10 +122,12 @@ class Occupancy:
             if not spline.is_calibrated:
                 return
             z = z / spline.grid_scale
-        knots = spline.grid.to(z.device)
-        bins = (len(knots) - 1) * math.ceil(BINS / (len(knots) - 1))
-        edges = torch.linspace(knots[0].item(), knots[-1].item(), bins + 1, device=z.device)
-        counts = torch.bincount(torch.bucketize(z.float().flatten(), edges), minlength=len(edges) + 1).cpu()
+        intervals = spline.num_knots - 1
+        bins = intervals * math.ceil(BINS / intervals)
+        # A bin for what is below the grid comes first, one for what is above it, or no number, last.
+        place = (z.float().flatten() - spline.k_min) * (bins / (spline.k_max - spline.k_min))
+        place = place.ceil_().nan_to_num_(nan=bins + 1).clamp_(0, bins + 1).to(torch.int32)
+        counts = torch.bincount(place, minlength=bins + 2).cpu()
         self.counts[layer] = self.counts.get(layer, torch.zeros_like(counts)) + counts
 
     def shares(self, layer: str) -> list[float] | None:

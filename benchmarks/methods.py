@@ -4,8 +4,8 @@
 `LSLoraConfig`, `form` those of `benchmarks.forms.attach_forms`, `delta` those of `benchmarks.elsewhere.attach_deltas`.
 Some controls are LS-LoRA with most of it frozen: `learns` names what of the spline is trained (`weight`,
 `input_scale_offset`, `output_scale_offset`); `defects` are those of `benchmarks.original`; `constraint` ties
-neighbouring or opposite knots together; `spline_lr_ratio`, `spline_lr` and `spline_hold` are read by
-`benchmarks.runs`.
+neighbouring or opposite knots together; below the decoder layer `first_spline` they stay the identity, which is plain
+LoRA; `spline_lr_ratio`, `spline_lr` and `spline_hold` are read by `benchmarks.runs`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ from .elsewhere import attach_deltas
 from .forms import attach_forms
 from .original import break_splines
 
-NOT_OPTIONS = ("kind", "learns", "defects", "constraint", "spline_lr_ratio", "spline_lr", "spline_hold")
+NOT_OPTIONS = (
+    "kind",
+    "learns",
+    "defects",
+    "constraint",
+    "first_spline",
+    "spline_lr_ratio",
+    "spline_lr",
+    "spline_hold",
+)
 
 
 def odd(gradient: Tensor) -> Tensor:
@@ -86,4 +95,7 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
                 parameter.requires_grad_(name in method["learns"])
         if "constraint" in method:
             spline.weight.register_hook(CONSTRAINTS[method["constraint"]])
+    if "first_spline" in method:
+        for spline in splines_of(model.get_decoder().layers[: method["first_spline"]]):
+            spline.requires_grad_(False)
     return peft_model

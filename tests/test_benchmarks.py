@@ -29,6 +29,7 @@ from benchmarks.tasks import (
     written_out,
 )
 from lslora import Spline
+from lslora.spline import splines_of
 
 
 def tiny_llama():
@@ -426,6 +427,13 @@ def trained(model):
 def test_methods_train_what_they_say(method, added_per_layer):
     plain = trained(adapted_by({"kind": "lora"}))
     assert trained(adapted_by(method)) == plain + 28 * added_per_layer  # 4 blocks of 7 linear layers
+
+
+def test_splines_below_the_first_do_not_learn():
+    model = adapted_by({"kind": "lslora", "first_spline": 3})
+    for i, layer in enumerate(model.get_decoder().layers):
+        assert all(p.requires_grad == (i >= 3) for spline in splines_of(layer) for p in spline.parameters())
+        assert all(p.requires_grad for name, p in layer.named_parameters() if ".lora_A." in name or ".lora_B." in name)
 
 
 def test_the_model_as_it_is_has_no_adapter():

@@ -34,11 +34,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="holds a folder for each plan")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these, all by default")
     parser.add_argument("--lr", type=float, nargs="+", help="only these learning rates, all by default")
+    parser.add_argument("--r", type=int, nargs="+", help="only these ranks, all by default")
+    parser.add_argument("--methods", nargs="+", help="only these, all by default")
     parser.add_argument("--baseline", default="lora", help="method that a report compares the others with")
     parser.add_argument("--rows", choices=("odd", "even", "all"), default="odd", help="that a report tells of")
     args = parser.parse_args(argv)
     setting, runs = read_plan(args.plan)
-    part = [run for run in runs if (not args.seeds or run.seed in args.seeds) and (not args.lr or run.lr in args.lr)]
+    wanted = {"seed": args.seeds, "lr": args.lr, "r": args.r, "name": args.methods}
+    part = [run for run in runs if all(not some or getattr(run, name) in some for name, some in wanted.items())]
     folder = args.results / args.plan.stem
     if args.command == "run":
         return do_runs(setting, part, args.data, folder)

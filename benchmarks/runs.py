@@ -58,6 +58,7 @@ class Setting:
         schedule: What it does afterwards, by transformers' name; by default it falls linearly to 0.
         states: What is measured is the mean over so many states, five steps apart, the last at the training's end.
         max_grad_norm: Gradients are clipped to this norm.
+        matmul_precision: How a GPU multiplies fp32 matrices, by torch's name: `high` is TF32.
         cloze: Questions are asked without their numbered answers and answered with the text of one.
         retained: Rows of another kind, asked as with `cloze`, which show what training leaves of what the model knew.
         retained_rows: At most so many, spread evenly over the file.
@@ -79,6 +80,7 @@ class Setting:
     schedule: str = "linear"
     states: int = 1
     max_grad_norm: float = 1.0
+    matmul_precision: str = "highest"
     cloze: bool = False
     retained: str | None = None
     retained_rows: int | None = None
@@ -111,6 +113,7 @@ class Bench:
 
     def __init__(self, setting: Setting, data: Path) -> None:
         self.setting, self.commit = setting, commit()
+        torch.set_float32_matmul_precision(setting.matmul_precision)
         local = data / setting.model
         name = str(local) if local.is_dir() else resolve_model_name(setting.model)
         self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -128,12 +131,11 @@ class Bench:
             prefix.attach_states(self.train)
             for examples in self.measured.values():
                 prefix.attach_states([candidate for row in examples for candidate in candidates(row)])
-        self.model.to(self.device)  # type: ignore[arg-type]
 
     def measure(self, run: Run) -> dict[str, Any]:
         """Train and evaluate; see the README of benchmarks/ for the record's fields."""
         set_seed(run.seed)
-        model = attach(deepcopy(self.model), run.method, run.r)
+        model = attach(deepcopy(self.model).to(self.device), run.method, run.r)  # type: ignore[arg-type]
         started = time.monotonic()
         states = Measuring(self.measured["validation"], self.setting)
         losses = train(model, run, self.setting, self.train, [states]) if run.method["kind"] != "none" else []

@@ -23,6 +23,7 @@ from lslora.embedded import cache_folder
 
 IGNORED = -100
 BATCH_SIZE = 8
+EVALUATED_AT_ONCE = {"cuda": 32}  # a small batch leaves a GPU idle
 
 Example = dict[str, Any]
 
@@ -34,10 +35,13 @@ def load_examples(
     path: Path, tokenizer: Any, max_tokens: int, max_rows: int | None = None, cloze: bool = False
 ) -> list[Example]:
     """The file's rows of at most `max_tokens` tokens, or `max_rows` evenly spread ones, as `encode` returns them."""
-    examples = [encode(row, tokenizer, cloze) for row in load_rows(path)]
-    examples = [example for example in examples if len(example["input_ids"]) < max_tokens]
-    count = min(max_rows or len(examples), len(examples))
-    return [examples[i * len(examples) // count] for i in range(count)]
+
+    def fits(row: Row) -> bool:
+        return len(encode_text(alternatives(row, cloze)[0], tokenizer)["input_ids"]) < max_tokens
+
+    rows = [row for row in load_rows(path) if fits(row)]
+    count = min(max_rows or len(rows), len(rows))
+    return [encode(rows[i * len(rows) // count], tokenizer, cloze) for i in range(count)]
 
 
 def encode(row: Row, tokenizer: Any, cloze: bool = False) -> Example:
@@ -48,8 +52,13 @@ def encode(row: Row, tokenizer: Any, cloze: bool = False) -> Example:
         tokenizer: The model's.
         cloze: Ask without naming the options, and answer with the option's text (`written_out`).
     """
-    right, wrong = written_out(row) if cloze else (row, other_answers(row))
+    right, wrong = alternatives(row, cloze)
     return encode_text(right, tokenizer) | {"wrong": [encode_text(other, tokenizer) for other in wrong]}
+
+
+def alternatives(row: Row, cloze: bool) -> tuple[Row, list[Row]]:
+    """The row with its right completion and with each of the wrong ones, asked as `encode` says."""
+    return written_out(row) if cloze else (row, other_answers(row))
 
 
 def encode_text(row: Row, tokenizer: Any) -> Example:
@@ -131,8 +140,9 @@ def likelihoods(model: Any, examples: Sequence[Example]) -> list[tuple[float, in
     counts = [int((example["targets"] != IGNORED).sum()) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["targets"]))
     nll = [0.0] * len(examples)
-    for start in range(0, len(order), BATCH_SIZE):
-        rows = order[start : start + BATCH_SIZE]
+    batch_size = EVALUATED_AT_ONCE.get(device.type, BATCH_SIZE)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
         batch = {name: tensor.to(device) for name, tensor in collate([examples[i] for i in rows]).items()}
         losses = cross_entropy(*completion_logits(model, batch), reduction="none").split([counts[i] for i in rows])
         for i, row_losses in zip(rows, losses, strict=True):

@@ -374,20 +374,30 @@ def test_any_method_can_be_the_baseline(capsys):
 
 
 def test_a_report_of_a_part_leaves_the_pictures_alone(plan, tmp_path, capsys):
+    def nll(run):
+        return 0.4 + 0.01 * run.seed + 0.1 * run.r
+
+    plan.write_text(f'{PLAN}[[runs]]\nmethods = ["lora"]\nr = [16]\nlr = [4e-3]\nseeds = [0]')
     _, runs = quality.read_plan(plan)
     folder = tmp_path / plan.stem
     folder.mkdir()
     for run in runs:
-        found = record(run.name, run.lr, run.seed, 0.4 + 0.01 * run.seed)
+        found = record(run.name, run.lr, run.seed, nll(run))
         found["run"]["r"] = run.r
         (folder / f"{run.id}.json").write_text(json.dumps(found))
-    seed, lr = runs[-1].seed, runs[-1].lr
     arguments = ["report", "--plan", str(plan), "--results", str(tmp_path)]
-    assert quality.main([*arguments, "--seeds", str(seed), "--lr", str(lr)]) == 0
-    assert f"{1 + 0.4 + 0.01 * seed:.4f}" in capsys.readouterr().out
+    last = runs[-1]
+    part = ["--seeds", str(last.seed), "--lr", str(last.lr), "--r", str(last.r)]
+    assert quality.main([*arguments, *part]) == 0
+    shown = capsys.readouterr().out
+    assert f"{1 + nll(last):.4f}" in shown
+    assert f"{1 + nll(runs[-2]):.4f}" not in shown  # which differs in its rank alone
     assert not list(folder.glob("*.png"))
-    assert quality.main([*arguments, "--seeds", str(seed), "--lr", str(lr), "--rows", "all"]) == 0
-    assert f"{0.5 + 0.4 + 0.01 * seed:.4f}" in capsys.readouterr().out
+    assert quality.main([*arguments, "--methods", "out", "--baseline", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert "│ out " in shown and "│ lora " not in shown
+    assert quality.main([*arguments, *part, "--rows", "all"]) == 0
+    assert f"{0.5 + nll(last):.4f}" in capsys.readouterr().out
     assert quality.main(arguments) == 0
     assert list(folder.glob("*.png"))
 

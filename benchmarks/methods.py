@@ -72,7 +72,7 @@ def attach(model: Any, method: dict[str, Any], r: int) -> Any:
     if "spline_hold" in method and kind != "lslora":
         raise ValueError(f"spline_hold is for the splines of lslora, got kind {kind!r}")
     if kind == "none":
-        return model
+        return model.requires_grad_(False)
     if kind in PLAIN:
         if options:
             raise ValueError(f"{kind} takes no options, got {sorted(options)}")

@@ -448,6 +448,7 @@ def test_splines_below_the_first_do_not_learn():
 
 def test_the_model_as_it_is_has_no_adapter():
     model = adapted_by({"kind": "none"})
+    assert trained(model) == 0
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
 

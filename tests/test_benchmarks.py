@@ -479,6 +479,14 @@ def test_a_run_trains_and_measures_what_it_names(tiny, tmp_path, monkeypatch):
     assert len(after["splines"]) == 7 and "splines" not in before
 
 
+def test_a_plan_says_how_matrices_are_multiplied(tiny):
+    paths = ("model", "train.jsonl", "train.jsonl")
+    Bench(Setting(*paths, matmul_precision="high"), tiny)
+    assert torch.get_float32_matmul_precision() == "high"
+    Bench(Setting(*paths), tiny)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_extra_rank_keeps_the_scaling_of_alpha_over_r():
     model = adapted_by({"kind": "lora", "extra_rank": 1})
     config = model.peft_config["default"]

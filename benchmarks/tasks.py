@@ -35,13 +35,11 @@ def load_examples(
     path: Path, tokenizer: Any, max_tokens: int, max_rows: int | None = None, cloze: bool = False
 ) -> list[Example]:
     """The file's rows of at most `max_tokens` tokens, or `max_rows` evenly spread ones, as `encode` returns them."""
-
-    def fits(row: Row) -> bool:
-        return len(encode_text(alternatives(row, cloze)[0], tokenizer)["input_ids"]) < max_tokens
-
-    rows = [row for row in load_rows(path) if fits(row)]
-    count = min(max_rows or len(rows), len(rows))
-    return [encode(rows[i * len(rows) // count], tokenizer, cloze) for i in range(count)]
+    asked = [alternatives(row, cloze) for row in load_rows(path)]
+    encoded = [(encode_text(right, tokenizer), wrong) for right, wrong in asked]
+    fitting = [(example, wrong) for example, wrong in encoded if len(example["input_ids"]) < max_tokens]
+    count = min(max_rows or len(fitting), len(fitting))
+    return [with_wrong(*fitting[i * len(fitting) // count], tokenizer) for i in range(count)]
 
 
 def encode(row: Row, tokenizer: Any, cloze: bool = False) -> Example:
@@ -53,12 +51,17 @@ def encode(row: Row, tokenizer: Any, cloze: bool = False) -> Example:
         cloze: Ask without naming the options, and answer with the option's text (`written_out`).
     """
     right, wrong = alternatives(row, cloze)
-    return encode_text(right, tokenizer) | {"wrong": [encode_text(other, tokenizer) for other in wrong]}
+    return with_wrong(encode_text(right, tokenizer), wrong, tokenizer)
 
 
 def alternatives(row: Row, cloze: bool) -> tuple[Row, list[Row]]:
     """The row with its right completion and with each of the wrong ones, asked as `encode` says."""
     return written_out(row) if cloze else (row, other_answers(row))
+
+
+def with_wrong(example: Example, wrong: Sequence[Row], tokenizer: Any) -> Example:
+    """The example with the rows of its wrong completions, encoded."""
+    return example | {"wrong": [encode_text(other, tokenizer) for other in wrong]}
 
 
 def encode_text(row: Row, tokenizer: Any) -> Example:

@@ -104,7 +104,7 @@ class LSLoraConfig(LoraConfig):
         """The settings that did best on validation rows, with `overrides` on top.
 
         benchmarks/LOG.md says how they were found, and README.md what they gain over LoRA: a little where a part of a
-        model's layers is adapted, nothing that was seen where all are. They go with a learning rate of the splines of
+        model's layers is adapted, hardly anything where all are. They go with a learning rate of the splines of
         0.05, whatever that of A and B (`lslora.training.RECOMMENDED_SPLINE_LR`), and with `calibration_steps` at a
         third of the run's steps: set it. `lora_alpha` is 10 r unless given; tune it with LoRA's rate (at r = 4 the
         spline gains most on 40 r, which is good for LoRA on some data and not on other).

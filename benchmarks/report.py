@@ -208,6 +208,8 @@ def plot_rates(cells: dict[tuple[int, str], Cell], path: Path) -> None:
     figure, panels = rank_panels(cells)
     for r, axis, methods in panels:
         for name, cell in methods.items():
+            if not any(cell):  # the untrained model has no rate, and would flatten the others' lines
+                continue
             points = [(lr, mean_score(seeds, "nll", EVEN)) for lr, seeds in common_seeds(cell).items() if seeds]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
         axis.set(xscale="log", xlabel="learning rate", title=f"r = {r}")

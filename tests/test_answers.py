@@ -49,11 +49,27 @@ def test_an_instruction_without_the_line_is_no_multiple_choice():
     assert answers.options_of({"instruction": "How many apples/pears?"}) is None
 
 
-def test_option_completion_replaces_the_last_whole_word():
+def test_option_completion_replaces_the_whole_word():
     assert answers.option_completion(row("answer2"), "answer4") == "the correct answer is answer4"
-    phrased = row("true", output="Is untrue true? I say true.")
-    assert answers.option_completion(phrased, "false") == "Is untrue true? I say false."
+    phrased = row("true", output="Is it untrue? I say true.")
+    assert answers.option_completion(phrased, "false") == "Is it untrue? I say false."
     assert answers.option_completion(phrased, "true") == phrased["output"]
+
+
+@pytest.mark.parametrize("output", ["Of these, true fits, so it is true", "True. The answer is true"])
+def test_an_answer_that_is_named_twice_would_be_read_off_in_every_option(output):
+    asked = row("true", options=BOOL, output=output)
+    with pytest.raises(ValueError, match="must name the answer 'true' once, got '" + re.escape(output)):
+        answers.option_completion(asked, "false")
+    with pytest.raises(ValueError, match="once"):
+        answers.choose_scorer(asked, "likelihood")
+    assert answers.choose_scorer(asked) == "generate"
+
+
+def test_an_article_is_no_second_mention_of_an_option_of_one_letter():
+    asked = row("A", options=tuple("ABCD"), output="the correct answer is A, a bird")
+    assert answers.choose_scorer(asked) == "likelihood"
+    assert answers.option_completion(asked, "B") == "the correct answer is B, a bird"
 
 
 def test_option_completion_needs_the_answer_in_the_output():
@@ -122,6 +138,42 @@ def test_extract_answer(text, expected):
 )
 def test_extract_true_or_false(text, expected):
     assert answers.extract_answer(text, BOOL) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The answer is B. A robin is a bird.", "B"),
+        ("Answer: C\nExplanation: this is a reptile.", "C"),
+        ("(B) a bird", "B"),
+        ("B. A robin", "B"),
+        ("**B**", "B"),
+        ("b) a bird", "B"),
+        ("b", "B"),
+        ("The answer is: (d).", "D"),
+        ("the correct answer is C, a reptile", "C"),
+        ("The right option is D because a whale is a mammal.", "D"),
+        ("A robin is a bird, so B", "B"),
+        ("Answer format: A/B/C/D\nB", "B"),
+        ("the answer is a bird", None),
+        ("A, B, C or D", None),
+    ],
+)
+def test_an_article_is_no_option(text, expected):
+    assert answers.extract_answer(text, "ABCD") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes. There is no doubt about it.", "yes"),
+        ("The answer is no. And yes, that is final.", "no"),
+        ("No: it is false to say yes", "no"),
+        ("Yes and no, but rather no", "no"),
+    ],
+)
+def test_what_a_text_states_counts_before_what_it_names(text, expected):
+    assert answers.extract_answer(text, ("yes", "no")) == expected
 
 
 def test_of_two_options_that_begin_alike_the_whole_one_counts():
@@ -227,6 +279,13 @@ def test_any_text_gives_none_or_a_number(text):
         ("C", "the answer is b", ("b", False)),
         ("C", "C", (None, False)),
         ("1/3", "The answer is 1/3.", ("1/3", True)),
+        ("New York", "The answer is new  york.", ("new york", True)),
+        ("New York", "The answer is New Orleans.", ("New", False)),
+        ("Paris", "The answer is Parisian.", ("Parisian", False)),
+        ("25%", "The answer is 25%.", ("25%", True)),
+        ("$18", "The answer is **$18**.", ("$18", True)),
+        ("-1/2", "The answer is -1/2.", ("-1/2", True)),
+        ("1/2", "The answer is !", (None, False)),
     ],
 )
 def test_grade_without_options(answer, text, graded):

@@ -13,7 +13,7 @@ _NUMBER = re.compile(
     r"(?:(?<![\w.)])[-\u2212])?"  # a minus, unless it subtracts
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
-_STATED_WORD = re.compile(r"answer is\W{0,5}(\w+(?:[/:-]\w+)*)", re.IGNORECASE)
+_STATED = re.compile(r"answer is(\W{0,5})((?:\w+(?:[/:-]\w+)*)?)", re.IGNORECASE)
 
 
 def options_of(row: Mapping[str, str]) -> tuple[str, ...] | None:
@@ -31,22 +31,26 @@ def options_of(row: Mapping[str, str]) -> tuple[str, ...] | None:
 
 
 def option_completion(row: Mapping[str, str], option: str) -> str:
-    """The completion that gives `option` as the answer: the row's `output` with the last `answer` in it replaced.
+    """The completion that gives `option` as the answer: the row's `output` with the `answer` in it replaced.
 
     Args:
-        row: A row whose `output` contains its `answer` as a word of its own ("the correct answer is answer2").
+        row: A row whose `output` names its `answer` once, as a word of its own ("the correct answer is answer2").
         option: The answer to give instead.
 
     Returns:
         The text, equal to `row["output"]` for `option == row["answer"]`.
 
     Raises:
-        ValueError: `output` does not contain `answer`.
+        ValueError: `output` does not name `answer`, or more than once: in all options' texts the other place would
+            give the right one away.
     """
-    places = list(re.finditer(_word(row["answer"]), row["output"]))
-    if not places:
-        raise ValueError(f"the output must contain the answer {row['answer']!r}, got {row['output']!r}")
-    return row["output"][: places[-1].start()] + option + row["output"][places[-1].end() :]
+    answer, output = row["answer"], row["output"]
+    place = re.search(_word(answer), output)
+    if not place:
+        raise ValueError(f"the output must contain the answer {answer!r}, got {output!r}")
+    if _mentions(answer, output) > 1:
+        raise ValueError(f"for the likelihood the output must name the answer {answer!r} once, got {output!r}")
+    return output[: place.start()] + option + output[place.end() :]
 
 
 def answer_problem(row: Mapping[str, str]) -> str | None:
@@ -72,15 +76,15 @@ def choose_scorer(row: Mapping[str, str], scorer: str = "auto") -> str:
 
     Args:
         row: A row with `instruction`, `output` and `answer`.
-        scorer: `"likelihood"` (needs options), `"generate"`, or `"auto"`: the former for rows with options, the latter
-            for all others.
+        scorer: `"likelihood"` (needs options), `"generate"`, or `"auto"`: the former for rows with options whose
+            output names the answer once, the latter for all others.
 
     Returns:
         `"likelihood"` or `"generate"`.
 
     Raises:
         ValueError: `scorer` is none of the three, or the row lacks what the scorer needs: an answer; with options, an
-            answer that is one of them; for the likelihood, options and an output that contains the answer.
+            answer that is one of them; for the likelihood, options and an output that names the answer once.
     """
     if scorer not in SCORERS:
         raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, got {scorer!r}")
@@ -89,7 +93,8 @@ def choose_scorer(row: Mapping[str, str], scorer: str = "auto") -> str:
         raise ValueError("a row to be scored must have an answer, got an empty one")
     if options and row["answer"] not in options:
         raise ValueError(f"the answer must be one of {'/'.join(options)}, got {row['answer']!r}")
-    if scorer == "generate" or (scorer == "auto" and not options):
+    suits = options and _mentions(row["answer"], row["output"]) < 2
+    if scorer == "generate" or (scorer == "auto" and not suits):
         return "generate"
     if not options:
         raise ValueError("the likelihood needs an instruction that ends in 'Answer format: a/b/...', got one without")
@@ -100,9 +105,12 @@ def choose_scorer(row: Mapping[str, str], scorer: str = "auto") -> str:
 def extract_answer(text: str, options: Sequence[str]) -> str | None:
     """Read which of the options a generated text gives as its answer.
 
-    The last "correct answer is X" decides, else the last option named; whole words only, in upper or lower case.
-    No answer are: lists of different options ("answer1/answer2", "true or false"), what follows "Answer format:",
-    options that head their own text ("Answer1: ... Answer2: ..."), and everything from the next "### Instruction" on.
+    The last "answer is X" or "answer: X" decides, else an option that the text begins with as a sentence of its own
+    ("Yes. ...", "(B) ..."), else the last option named; whole words only, in upper or lower case. An option of one
+    letter must have its own case unless it ends the text or stands before punctuation: "a" is an article more often
+    than an answer. No answer are: lists of different options ("answer1/answer2", "true or false"), what follows
+    "Answer format:", options that head their own text ("Answer1: ... Answer2: ..."), and everything from the next
+    "### Instruction" on.
 
     Args:
         text: What the model wrote after the prompt.
@@ -112,7 +120,7 @@ def extract_answer(text: str, options: Sequence[str]) -> str | None:
         One of `options`, or None where the text names none.
     """
     options = sorted(options, key=len, reverse=True)  # of two that begin alike, the longer one is tried first
-    word = _word(*options)
+    word = _whole("|".join(map(_option_pattern, options)))
 
     def named(part: str) -> list[str]:
         """All options named in a part of the text, in order."""
@@ -128,8 +136,11 @@ def extract_answer(text: str, options: Sequence[str]) -> str | None:
     heads = " ".join(re.findall(rf"{word}\s*:", text, re.IGNORECASE))
     if len(set(named(heads))) > 1:
         text = re.sub(rf"{word}\s*:", " _ ", text, flags=re.IGNORECASE)
-    stated = re.findall(rf"correct answer is\W{{0,5}}{word}", text, re.IGNORECASE)
-    answers = named(stated[-1] if stated else text)
+    stated = [match[1] for match in re.finditer(rf"answer(?: is\b|:)\W{{0,5}}({word})", text, re.IGNORECASE)]
+    first = re.match(rf"\W*({word})(?:\W*\Z|[.:)\]*])", text, re.IGNORECASE)
+    if first and not stated:
+        stated = [first[1]]
+    answers = [_same_option(stated[-1], options)] if stated else named(text)
     return answers[-1] if answers else None
 
 
@@ -150,7 +161,8 @@ def grade(row: Mapping[str, str], text: str) -> tuple[str | None, bool]:
     """Read the answer from a generated text and compare it with the row's.
 
     Rows with options: see `extract_answer`. Rows whose answer is a number: the last number in the text, right when it
-    differs by at most 0.001. Others: the word after the last "answer is", whatever its case.
+    differs by at most 0.001. Others: what follows the last "answer is", right when it begins with the answer, whatever
+    its case.
 
     Args:
         row: A row with `instruction` and `answer`.
@@ -168,17 +180,39 @@ def grade(row: Mapping[str, str], text: str) -> tuple[str | None, bool]:
         prediction = extract_number(text)
         right = prediction is not None and abs(float(prediction) - _as_number(answer)) <= NUMBER_TOLERANCE
         return prediction, right
-    stated = _STATED_WORD.findall(_before_next_question(text))
-    return (stated[-1], stated[-1].casefold() == answer.casefold()) if stated else (None, False)
+    text = _before_next_question(text)
+    stated = list(_STATED.finditer(text))
+    if not stated:
+        return None, False
+    whole = " ".join(answer.split())
+    found = re.compile(rf"\W{{0,5}}?({re.escape(whole)})(?!\w)", re.IGNORECASE).match(text, stated[-1].start(1))
+    return (found[1], True) if found and whole else (stated[-1][2] or None, False)
 
 
-def _word(*words: str) -> str:
-    """A pattern for any of the words, not inside a longer word."""
-    return rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)"
+def _mentions(answer: str, output: str) -> int:
+    """How often an output names an answer, in upper or lower case; one of a single letter in its own."""
+    return len(re.findall(_word(answer), output, re.IGNORECASE if len(answer) > 1 else 0))
+
+
+def _whole(pattern: str) -> str:
+    """The pattern, not inside a longer word."""
+    return rf"(?<!\w)(?:{pattern})(?!\w)"
+
+
+def _word(word: str) -> str:
+    return _whole(re.escape(word))
+
+
+def _option_pattern(option: str) -> str:
+    """What spells an option in a text that is searched whatever the case."""
+    escaped = re.escape(option)
+    return rf"(?-i:{escaped})|{escaped}(?=\s*\Z|[.,;:!?)\]*])" if len(option) == 1 else escaped
 
 
 def _same_option(text: str, options: Sequence[str]) -> str:
     """The option that a match spells; by matching again, as some characters match without sharing a lower case."""
+    if text in options:
+        return text
     return next(option for option in options if re.fullmatch(re.escape(option), text, re.IGNORECASE))
 
 

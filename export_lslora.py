@@ -20,7 +20,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from eval_lslora import base_name, check_base, check_questions, load_model, positive
-from lslora.data import Example, Row, load_examples, load_rows
+from lslora.data import Example, Row, are_conversations, load_examples, load_rows
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
 from lslora.files import write_whole
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         examples = load_examples(args.dataset, chat_template=args.chat_template)[: args.rows]
+        args.chat_template = are_conversations(examples)  # the evaluation's rows are asked as those to fit on
         eval_rows = load_rows(args.eval_dataset) if args.eval_dataset else []
         base = base_name(args.adapter, args.model_name)
         check_output(args.output)

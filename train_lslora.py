@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check, train and report; the exit status."""
-    from lslora.data import DataError, load_examples, load_rows
+    from lslora.data import DataError, are_conversations, load_examples, load_rows
 
     try:
         examples = load_examples(args.dataset_path, chat_template=args.chat_template)
@@ -152,7 +152,8 @@ def run(args: argparse.Namespace) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    missing = missing_for(args, chats=isinstance(examples[0].get("completion"), list))
+    args.chat_template = are_conversations(examples)  # the evaluation's rows are asked as the model was trained
+    missing = missing_for(args)
     if missing:
         print("error: this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing), file=sys.stderr)
         return 2
@@ -174,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
 
-def missing_for(args: argparse.Namespace, *, chats: bool) -> list[str]:
+def missing_for(args: argparse.Namespace) -> list[str]:
     """What the explicit choices in `args` and conversations need and is not there; told before anything is loaded."""
     import torch
 
@@ -187,7 +188,7 @@ def missing_for(args: argparse.Namespace, *, chats: bool) -> list[str]:
         if tracker in args.report_to and find_spec(tracker) is None:
             missing.append(f"{tracker}, for --report_to {tracker}: pip install {tracker}")
     missing += missing_to_resume(args) if args.resume else missing_to_begin(args)
-    return missing + missing_model(args.model_name, chats=chats)
+    return missing + missing_model(args.model_name, chats=args.chat_template)
 
 
 def missing_to_resume(args: argparse.Namespace) -> list[str]:
@@ -287,10 +288,11 @@ def make_trainer(args: argparse.Namespace, examples: list[Example]) -> Any:
 
     from lslora.callback import SplineCallback
     from lslora.checkpoints import WholeCheckpointsMixin
+    from lslora.order import LengthGroupedOrderMixin
     from lslora.progress import bars_hidden, hide_library_bars
     from lslora.training import SplineTrainerMixin
 
-    class SplineSFTTrainer(SplineTrainerMixin, WholeCheckpointsMixin, SFTTrainer):
+    class SplineSFTTrainer(SplineTrainerMixin, WholeCheckpointsMixin, LengthGroupedOrderMixin, SFTTrainer):
         pass
 
     if "wandb" in args.report_to:

@@ -45,6 +45,7 @@ ALLOWED = {
     "files": set(),
     "checkpoints": {"files"},
     "interruption": set(),
+    "order": set(),
     "failures": {"diagnostics"},
     "diagnostics": {"files", "spline"},
     "plots": {"diagnostics"},

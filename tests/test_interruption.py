@@ -60,6 +60,17 @@ def heard():
         signal.signal(number, handler)
 
 
+@pytest.mark.parametrize("steps", [3, 8])
+def test_rows_grouped_by_length_go_on_in_the_order_of_their_epoch(tiny, tmp_path, steps):
+    """24 rows in batches of 4: one stop is in the first epoch, one in the second."""
+    more = ("--group_by_length", "--max_steps", 10)
+    assert train_lslora.main(arguments(tiny, tmp_path / "whole", *more)) == 0
+    stopped_after(steps, signal.SIGTERM, arguments(tiny, tmp_path / "cut", *more))
+    assert train_lslora.main(arguments(tiny, tmp_path / "cut", *more, "--resume")) == 0
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_stops_and_resume_ends_with_the_same_weights(tiny, tmp_path, capsys, number):
     assert train_lslora.main(arguments(tiny, tmp_path / "whole")) == 0

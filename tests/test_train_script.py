@@ -212,6 +212,26 @@ def test_the_loss_is_the_models_on_the_very_tokens(tiny, tmp_path, rows, more, p
     assert log_of(tmp_path / "out")[0]["loss"] == pytest.approx(total / count, rel=1e-3)
 
 
+def test_a_model_of_conversations_is_asked_in_conversations(tiny, tmp_path):
+    """The same rows as messages, and as instructions with --chat_template: one training, and one accuracy."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.chat_template = CHAT
+    for part in (tokenizer, LlamaForCausalLM.from_pretrained(tiny / "model")):
+        part.save_pretrained(tmp_path / "model")
+    turns = [
+        [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
+        for row in ROWS
+    ]
+    (tmp_path / "messages").write_text("\n".join(json.dumps({"messages": pair}) for pair in turns), encoding="utf-8")
+    more = ["--model_name", tmp_path / "model", "--eval_dataset_path", tiny / "train.jsonl", "--max_steps", 400]
+    more += ["--batch_size", 8, "--learning_rate", 1e-2, "--lora_dropout", 0, "--r", 8, "--lora_alpha", 64]
+    assert run(tiny, tmp_path / "a", *more, "--dataset_path", tmp_path / "messages") == 0
+    assert run(tiny, tmp_path / "b", *more, "--chat_template") == 0
+    a, b = (json.loads((tmp_path / name / "run.json").read_text()) for name in "ab")
+    assert a["accuracy"] == b["accuracy"]
+    assert a["accuracy"]["lslora"]["micro"]["accuracy"] > a["accuracy"]["base"]["micro"]["accuracy"] + 0.3
+
+
 def test_qlora_keeps_the_splines_in_fp32_and_moves_them(tiny, tmp_path):
     """Ten steps on a 4-bit base, where TRL casts every adapter parameter it sees to bf16."""
     pytest.importorskip("bitsandbytes")

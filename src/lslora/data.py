@@ -136,6 +136,11 @@ def load_examples(path: str | Path, *, chat_template: bool = False) -> list[Exam
     return [to_messages(row) for row in rows] if chat_template else [to_prompt_completion(row) for row in rows]
 
 
+def are_conversations(examples: list[Example]) -> bool:
+    """Whether examples are written with the tokenizer's chat template, as a file holds one kind."""
+    return isinstance(examples[0].get("completion"), list)
+
+
 def to_prompt_completion(row: Row) -> PromptCompletion:
     """Turn a row into the text a model is trained on and asked with: the headings of Alpaca, without its preamble.
 

@@ -8,7 +8,8 @@ The count of steps is part of the spline's state, so that a training that was in
 
 The change happens between two optimizer steps, never between a forward pass and its repetition under gradient
 checkpointing. Counts are summed over micro-batches and processes: data-parallel copies stay equal, and the grid does
-not depend on how a batch was split.
+not depend on how a batch was split, but for padding: what z is there counts as well, and the split decides how much of
+it there is.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lslora import LSLoraConfig, Spline, calibration, spline_penalty
 from lslora.diagnostics import live_intervals, observe_occupancy, spline_records
@@ -189,6 +190,41 @@ def test_a_saved_grid_is_loaded_and_not_measured_again(tmp_path):
     scales = [spline.grid_scale.clone() for spline in splines(again)]
     train(again, batches())
     assert all(torch.equal(s.grid_scale, scale) for s, scale in zip(splines(again), scales, strict=True))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_saved_grid_is_known_when_a_model_is_exported(tmp_path, strict):
+    """Right after loading: a graph cannot ask the device whether the grid has been measured."""
+    model = made()
+    train(model, batches())
+    model.eval().save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    again, x = PeftModel.from_pretrained(net, tmp_path).eval(), torch.randn(5, 8)
+    exported = torch.export.export(again, (x,), strict=strict).module()
+    torch.testing.assert_close(exported(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # of plain LoRA's A and B as well
+def test_a_saved_grid_reaches_a_layer_that_is_offloaded_to_disk(tmp_path):
+    torch.manual_seed(0)
+    tiny = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
+    LlamaForCausalLM(tiny).save_pretrained(tmp_path / "base")
+    config = LSLoraConfig.recommended(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    for spline in splines(model):
+        spline.calibrate(1.3)
+        nn.init.normal_(spline.weight, std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    kept = ("embed_tokens", "layers.1", "norm", "rotary_emb")
+    places = {"model.layers.0": "disk", "lm_head": "cpu"} | {f"model.{name}": "cpu" for name in kept}
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", device_map=places, offload_folder=tmp_path / "a")
+    adapter_places = {f"base_model.model.{name}": place for name, place in places.items()}
+    offloaded = PeftModel.from_pretrained(
+        base, tmp_path / "adapter", device_map=adapter_places, offload_folder=str(tmp_path / "b")
+    )
+    ids = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(offloaded.eval()(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("moved", ["saved", "copied", "pickled"])

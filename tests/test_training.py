@@ -159,13 +159,14 @@ def test_penalty_reaches_copies_and_only_what_is_stepped():
     for peft_model in (first, second):
         for spline in splines(peft_model):
             spline.weight.grad = torch.zeros_like(spline.weight)
-    frozen = splines(second)[0]
-    frozen.weight.grad = None
+    unused, frozen = splines(second)[0], splines(second)[2]
+    unused.weight.grad = None
+    frozen.weight.requires_grad_(False)  # with the gradient of zeros that zero_grad(set_to_none=False) leaves
     before = splines(first)[0].weight.detach().clone()
     optimizer = torch.optim.SGD([*second.parameters(), *third.parameters()], lr=1.0)
     optimizer.step()
     assert torch.equal(splines(first)[0].weight, before)
-    assert torch.equal(frozen.weight, before)
+    assert torch.equal(unused.weight, before) and torch.equal(frozen.weight, before)
     torch.testing.assert_close(splines(second)[1].weight, before * (1 - 2 / 5))
 
 

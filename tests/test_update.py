@@ -109,6 +109,20 @@ def test_output_and_every_gradient_equal_the_formula_in_float64(
         )
 
 
+@pytest.mark.parametrize(("m", "r"), [(256, 16), (200, 24)])
+def test_a_gradient_on_a_cpu_holds_its_own_memory_alone(m, r):
+    """And not that of what every thread summed up: every layer keeps its gradient until the optimizer's step."""
+    leaves = [operand.float().requires_grad_() for operand in operands((300,), m, r, 5)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(7)
+        fused(*leaves, extrapolation="clamp").sum().backward()
+    finally:
+        torch.set_num_threads(threads)
+    gradient = leaves[NAMES.index("weight")].grad
+    assert gradient.untyped_storage().nbytes() < 2 * gradient.numel() * gradient.element_size()
+
+
 @pytest.mark.parametrize("num_knots", [5, 12])
 def test_on_a_cpu_threads_share_the_work(num_knots, poisoned):
     """Only B's gradient, which every thread sums up over its own rows, may differ in its last bits."""

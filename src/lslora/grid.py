@@ -130,10 +130,16 @@ class MeasuredGrid(KeepsFp32):
         if self._wants_to_see():
             calibration.observe(self, z)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self._calibrated = False
-        super()._load_from_state_dict(*args, **kwargs)
-        self._watch()  # what was loaded may not be calibrated yet
+        stored = state_dict.get(f"{prefix}grid_scale")
+        if self.grid_scale is not None and self.grid_scale.is_meta and stored is not None and not stored.is_meta:
+            # Of an offloaded layer, whose parameters accelerate keeps elsewhere, and its buffers nowhere.
+            self.grid_scale = stored.detach().to(torch.float32, copy=True)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        # What was loaded may wait for its grid. Settled here, since a model that is traced cannot ask the device.
+        if not self.is_calibrated:
+            self._watch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

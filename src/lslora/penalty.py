@@ -56,9 +56,9 @@ def before_step(optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> tup
 def add_gradients(optimizer: Optimizer) -> None:
     """Add `2 · spline_reg_weight / K · (v_i − k_i)` to the gradient of every knot that `optimizer` is about to step.
 
-    On a stretched grid (`calibration_steps`) heights are `σ v_i`, so the gradient has a factor of σ². Knots without a
-    gradient (frozen, or not used since the last step) are left alone. Where the optimizer itself is to undo the loss
-    scaling (fused ones, `grad_scale`), the gradient is scaled as the others are.
+    On a stretched grid (`calibration_steps`) heights are `σ v_i`, so the gradient has a factor of σ². Knots that are
+    frozen or have no gradient (not used since the last step) are left alone. Where the optimizer itself is to undo
+    the loss scaling (fused ones, `grad_scale`), the gradient is scaled as the others are.
 
     Raises:
         ValueError: the optimizer is peft's LoRA-FA, which can step no spline.
@@ -72,7 +72,7 @@ def add_gradients(optimizer: Optimizer) -> None:
             raise ValueError("LoRA-FA needs an update linear in B and takes a spline's heights for an A or a B")
         if not spline.spline_reg_weight or spline.micro_batches is not None:
             continue
-        if weight.grad is not None and id(weight) in stepped:
+        if weight.requires_grad and weight.grad is not None and id(weight) in stepped:
             kind = weight.device, weight.dtype, spline.num_knots, spline.spline_reg_weight, spline.grid_scale is None
             due.setdefault(kind, []).append(spline)
     for alike in due.values():

@@ -73,7 +73,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `h`, `weight`, `offsets`, `input_scale_offset` and `output_scale_offset`, all float32.
 
-    Every thread sums up B's gradient for itself, so it takes that memory as often.
+    Every thread sums up B's gradient for itself, so this takes that memory as often. What is returned is a copy, as a
+    view would hold all of it for as long as there is the gradient.
     """
     spline = CompiledSpline(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
     product, g = Product(h, weight), grad_output.contiguous()
@@ -86,7 +87,7 @@ def backward(
     compiled().update_backward(product.shape, g.data_ptr(), *gradients, spline.shape, *addresses)
     return (
         _part(grad_h, h.reshape(-1, h.shape[-1])).view(h.shape),
-        _part(grad_weights[0], weight),
+        _part(grad_weights[0].clone() if product.threads > 1 else grad_weights[0], weight),
         *spline.gradients(memory[-1]),
     )
 

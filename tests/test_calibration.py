@@ -206,7 +206,8 @@ def test_a_saved_grid_is_known_when_a_model_is_exported(tmp_path, strict):
 
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # of plain LoRA's A and B as well
-def test_a_saved_grid_reaches_a_layer_that_is_offloaded_to_disk(tmp_path):
+def test_a_saved_grid_reaches_a_layer_that_is_offloaded_to_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # peft writes the base's offloaded weights below the folder it is started in
     torch.manual_seed(0)
     tiny = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
     LlamaForCausalLM(tiny).save_pretrained(tmp_path / "base")

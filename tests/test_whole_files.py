@@ -15,6 +15,7 @@ from lslora.checkpoints import (
     WholeCheckpointsMixin,
     last_whole_checkpoint,
     problem_of,
+    remove_older,
     seal,
     unseal,
 )
@@ -117,7 +118,7 @@ class WholeTrainer(WholeCheckpointsMixin, Trainer):
 
 def trainer_in(folder, **more):
     arguments = TrainingArguments(
-        str(folder), max_steps=4, save_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, **more
+        str(folder), **{"max_steps": 4} | more, save_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
     )
     rows = [{"x": torch.ones(3), "y": torch.ones(1)}] * 8
     return WholeTrainer(model=Regression(), args=arguments, train_dataset=rows)
@@ -141,6 +142,47 @@ def test_what_cannot_be_written_is_told_and_removed(tmp_path):
         trainer_in(tmp_path).train()
     assert not (tmp_path / "checkpoint-4").exists()
     assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-2", [])
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_checkpoint_over_the_limit_goes_when_the_new_one_is_sealed(tmp_path, monkeypatch, limit):
+    """With a kill before that there is always one to go on from."""
+    there = []
+
+    def look_and_seal(folder):
+        there.append(last_whole_checkpoint(tmp_path)[0])
+        seal(folder)
+
+    monkeypatch.setattr("lslora.checkpoints.seal", look_and_seal)
+    trainer = trainer_in(tmp_path, save_total_limit=limit, max_steps=8)
+    trainer.train()
+    assert [folder and folder.name for folder in there] == [None, "checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert sorted(folder.name for folder in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"][-limit:]
+    assert trainer.args.save_total_limit == limit
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "kept"),
+    [
+        (None, None, {10, 20, 30, 90}),
+        (1, None, {30}),
+        (2, None, {20, 30}),
+        (3, None, {10, 20, 30}),
+        (1, 10, {10, 30}),
+        (2, 10, {10, 30}),
+        (3, 10, {10, 20, 30}),
+        (2, 30, {20, 30}),
+        (9, 10, {10, 20, 30, 90}),
+    ],
+)
+def test_what_is_kept_is_the_last_the_best_and_of_this_run(tmp_path, limit, best, kept):
+    for step in (10, 20, 30, 90):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if step != 90:  # of an earlier run, unsealed as this one began
+            seal(folder)
+    remove_older(tmp_path, limit, best=best and str(tmp_path / f"checkpoint-{best}"))
+    assert {int(folder.name.partition("-")[2]) for folder in tmp_path.iterdir()} == kept
 
 
 def test_killed_runs_end_with_the_weights_of_one_that_was_not(capsys):

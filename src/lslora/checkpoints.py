@@ -28,7 +28,8 @@ class CheckpointError(OSError):
 class WholeCheckpointsMixin:
     """Seals every checkpoint of `transformers.Trainer`, and of every trainer built on it, once it is whole.
 
-    Put it in front of the trainer's class. `last_whole_checkpoint` finds what to resume from.
+    Put it in front of the trainer's class. `last_whole_checkpoint` finds what to resume from. With `save_total_limit`
+    older checkpoints are removed when the new one is sealed, so that a kill between the two costs nothing.
 
     Raises:
         CheckpointError: when a checkpoint cannot be written (the disk is full, say). What was written of it is
@@ -36,23 +37,40 @@ class WholeCheckpointsMixin:
     """
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step = self.state.global_step  # type: ignore[attr-defined]
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"  # type: ignore[attr-defined]
-        processes = PartialState()
+        arguments, state = self.args, self.state  # type: ignore[attr-defined]
+        output_dir = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        limit, arguments.save_total_limit = arguments.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            processes.wait_for_everyone()  # each writes files of its own
-            if processes.is_main_process:
+            PartialState().wait_for_everyone()  # each writes files of its own
+            if arguments.should_save:
                 seal(folder)
+                remove_older(output_dir, limit, best=state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
-            free = shutil.disk_usage(self.args.output_dir).free  # type: ignore[attr-defined] # torch does not tell
+            free = shutil.disk_usage(arguments.output_dir).free  # torch does not tell
             shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(f"{folder} could not be written, with {free} bytes free: {error}") from error
+        finally:
+            arguments.save_total_limit = limit
 
 
 def seal(folder: Path) -> None:
     """Write down what a checkpoint's files are, as the sign that they are all there."""
     write_whole(folder / SEAL, json.dumps({"sha256": _checksums(folder)}, indent=1) + "\n")
+
+
+def remove_older(output_dir: Path, limit: int | None, *, best: str | None) -> None:
+    """Keep `limit` checkpoints, among them the last and the best; those of an earlier run are the first to go."""
+    if limit is None or limit <= 0:  # as transformers counts
+        return
+    folders = sorted(_by_step(output_dir), key=lambda folder: not (folder / SEAL).exists())
+    kept = {folders[0], *(folder for folder in folders if best is not None and folder == Path(best))}
+    for folder in folders:
+        if folder not in kept and len(kept) >= limit:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            kept.add(folder)
 
 
 def problem_of(folder: Path) -> str | None:

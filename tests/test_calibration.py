@@ -11,7 +11,7 @@ from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Adafactor, LlamaConfig, LlamaForCausalLM
 
 from lslora import LSLoraConfig, Spline, calibration, spline_penalty
 from lslora.diagnostics import live_intervals, observe_occupancy, spline_records
@@ -125,6 +125,57 @@ def test_the_spline_learns_afterwards_and_only_then():
     scale = splines(model)[0].grid_scale.clone()
     train(model, batches())
     assert torch.equal(splines(model)[0].grid_scale, scale)
+
+
+def adam(**settings):
+    return lambda parameters: torch.optim.AdamW(parameters, lr=0.01, eps=1e-12, weight_decay=0.0, **settings)
+
+
+def bnb_adam(parameters):
+    return pytest.importorskip("bitsandbytes").optim.Adam32bit(parameters, lr=0.01, eps=1e-12)
+
+
+def adafactor(parameters):
+    return Adafactor(parameters, lr=0.01, scale_parameter=False, relative_step=False, clip_threshold=1e9)
+
+
+OPTIMIZERS = {
+    "adam": adam(foreach=False),
+    "foreach": adam(foreach=True),
+    "fused": adam(fused=True),
+    "bitsandbytes": bnb_adam,
+    "adafactor": adafactor,
+}
+
+
+@pytest.mark.parametrize("waited", [1, 50])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_steps_that_a_grid_waited_are_none_of_its_optimizers(optimizer, waited):
+    """Adam's first step is the learning rate, whatever the gradient; counted from the start it would be a sixth of it
+    or, later, a multiple."""
+    model = made(placement="weight", calibration_steps=waited + 1)
+    optimizer = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+    for x, y in batches(1) * (waited + 2):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    for spline in splines(model):
+        assert spline.is_calibrated
+        for parameter in spline.parameters():
+            first = 0.01 * parameter.grad.sign()
+            learned = parameter.grad.abs() > 1e-9
+            assert learned.any()
+            torch.testing.assert_close(-parameter.detach()[learned], first[learned], rtol=1e-3, atol=0)
+
+
+def test_optimizers_without_a_count_of_steps_are_left_as_they_are():
+    model = made(placement="weight")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    for x, y in batches():
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    assert all(spline.is_calibrated and spline.weight.any() for spline in splines(model))
 
 
 def test_stretching_is_a_change_of_units():

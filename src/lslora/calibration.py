@@ -92,7 +92,22 @@ def advance(optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
     if not _waiting or _passed_over(optimizer):
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    count_step([s for s in _waiting if s.micro_batches is None and id(s.weight) in held])
+    for spline in count_step([s for s in _waiting if s.micro_batches is None and id(s.weight) in held]):
+        _forget_steps(optimizer, spline)
+
+
+def _forget_steps(optimizer: Optimizer, spline: MeasuredGrid) -> None:
+    """Let `optimizer` count the spline's steps from now on.
+
+    Until now its gradients were zero. With those steps counted Adam would take its second moment, which is zero, for
+    well known, and move a knot by several times the learning rate at first.
+    """
+    for parameter in spline.parameters():
+        state = optimizer.state.get(parameter, {})
+        if isinstance(steps := state.get("step"), Tensor):
+            steps.zero_()
+        elif steps is not None:
+            state["step"] = 0
 
 
 def _passed_over(optimizer: Optimizer) -> bool:
@@ -102,11 +117,14 @@ def _passed_over(optimizer: Optimizer) -> bool:
 
 
 @torch.no_grad()
-def count_step(splines: Iterable[MeasuredGrid]) -> None:
+def count_step(splines: Iterable[MeasuredGrid]) -> list[MeasuredGrid]:
     """Count an optimizer step for those of `splines` that wait and learn; calibrate what has waited long enough.
 
     The splines of adapters that are not active are frozen, and those on the meta device have no numbers: they go on
     waiting.
+
+    Returns:
+        Those that learn from now on.
     """
     due = []
     for spline in sorted(set(splines) & set(_waiting), key=lambda spline: _waiting[spline].order):
@@ -118,14 +136,15 @@ def count_step(splines: Iterable[MeasuredGrid]) -> None:
             due.append(spline)
         else:
             _waiting[spline].counts = None
-    if not due:
-        return
-    for spline, quantile in zip(due, _quantiles(due), strict=True):
+    calibrated = []
+    for spline, quantile in zip(due, _quantiles(due) if due else (), strict=True):
         if quantile > 0:
             spline.calibrate(quantile)
             del _waiting[spline]
+            calibrated.append(spline)
         else:
             _waiting[spline].counts = None
+    return calibrated
 
 
 def _count(spline: MeasuredGrid) -> int:

@@ -36,7 +36,7 @@ from lslora.data import to_messages, to_prompt_completion
 from lslora.evaluation import WINDOW, evaluate, generate_answers, in_row_order, predict, with_scorers
 from lslora.likelihood import score_options
 from lslora.partial_results import PartialResults
-from lslora.prompts import prompt_ids
+from lslora.prompts import prompt_ids, turn_end
 
 QUESTIONS = (
     "is the sky blue?",
@@ -333,6 +333,47 @@ def test_generation_ends_with_the_models_or_the_tokenizers_end_token(tokenizer):
     assert expected != text
     model.generation_config.eos_token_id = [end]
     assert generate_answers(model, tokenizer, MIXED[:1], max_new_tokens=8) == [expected]
+
+
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ end }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def chatting(tokenizer, end):
+    """The tokenizer with turns that end in `end`."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = TURNS.replace("{{ end }}", end)
+    return tokenizer
+
+
+@pytest.mark.parametrize("end", ["<|end|>", "\n<|end|></s>", "</s>"])
+def test_the_token_that_ends_a_turn_is_found_in_the_template(tokenizer, end):
+    tokenizer = chatting(tokenizer, end)
+    assert turn_end(tokenizer) == tokenizer.convert_tokens_to_ids("<|end|>" if "|" in end else "</s>")
+
+
+def test_a_template_may_end_turns_in_plain_words(tokenizer):
+    assert turn_end(chatting(tokenizer, " over")) is None
+
+
+def test_generation_with_a_template_ends_with_the_turn(tokenizer):
+    model, tokenizer = make_model(), chatting(tokenizer, "<|end|>")
+    model.resize_token_embeddings(len(tokenizer))
+    ask = {"max_new_tokens": 8, "chat_template": True}
+    prompt = torch.tensor([prompt_ids(tokenizer, MIXED[0], chat_template=True)])
+    unended = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
+    )
+    ids = unended[0, prompt.shape[1] :].tolist()
+    swapped = [tokenizer.convert_tokens_to_ids("<|end|>"), ids[3]]
+    with torch.no_grad():  # now the model says <|end|> where it said that
+        model.lm_head.weight[swapped] = model.lm_head.weight[swapped[::-1]]
+    expected = tokenizer.decode(ids[: ids.index(ids[3])], skip_special_tokens=True)
+    assert generate_answers(model, tokenizer, MIXED[:1], **ask) == [expected]
+    assert expected
 
 
 ALL_ROWS = [row for pair in zip(MIXED, map(number_row, range(5)), strict=True) for row in pair]

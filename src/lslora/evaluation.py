@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from .answers import choose_scorer, grade
 from .data import Row, to_prompt_completion
 from .likelihood import Model, eval_mode, score_options, tokenize_options
-from .prompts import pad_id, pad_left, prompt_ids
+from .prompts import pad_id, pad_left, prompt_ids, turn_end
 from .scoring import Prediction
 
 WINDOW = 64  # batches whose rows are read, and sorted by length, at once
@@ -183,7 +183,9 @@ def generate_answers(
 ) -> list[str]:
     """Greedy continuation of the prompts of one batch of rows.
 
-    The most likely token at every step: sampling, penalties and other settings stored with the model do not apply.
+    The most likely token at every step: sampling, beams and repetition penalties stored with the model do not apply;
+    tokens that it is told to suppress are suppressed. An answer ends with an end-of-sequence token of the model or the
+    tokenizer, or with the token that ends a turn of the chat template.
 
     Args:
         model: Causal language model, with or without adapters.
@@ -195,8 +197,8 @@ def generate_answers(
     Returns:
         For every row the text after the prompt, without special tokens.
     """
-    end_ids = _end_ids(model, tokenizer)
     prompts = [prompt_ids(tokenizer, row, chat_template=chat_template) for row in rows]
+    end_ids = _end_ids(model, tokenizer, chat_template)
     with eval_mode(model):
         input_ids, mask = pad_left(prompts, tokenizer, model.device)
         greedy = GenerationConfig(
@@ -213,10 +215,12 @@ def generate_answers(
     return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def _end_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, with which training ends a completion, and the model's own."""
+def _end_ids(model: Model, tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[int]:
+    """The tokens that end an answer: those with which training ends a completion or a turn, and the model's own."""
     own = model.generation_config.eos_token_id
     ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    if chat_template:
+        ids.append(turn_end(tokenizer))
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 

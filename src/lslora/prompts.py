@@ -61,6 +61,18 @@ def chat_ids(
     return list(chat["input_ids"])
 
 
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token with which the chat template ends an answer; None where it ends with none of the tokenizer's own.
+
+    It need not be the tokenizer's end-of-sequence token: those of base models often end documents, not turns.
+    """
+    answer = "∎"
+    messages = to_messages({"instruction": "?", "output": answer})
+    chat = str(tokenizer.apply_chat_template([*messages["prompt"], *messages["completion"]], tokenize=False))
+    behind = tokenizer(chat.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in behind if token in tokenizer.added_tokens_decoder), None)
+
+
 def common_prefix(sequences: Sequence[list[int]]) -> list[int]:
     """The tokens that all sequences begin with."""
     length = 0

@@ -126,6 +126,17 @@ def test_warnings_name_the_worst_layer_and_a_remedy(tmp_path, caplog):
     assert sum("knots have not moved" in message for message in told) == 1
 
 
+def test_a_calibration_that_is_not_over_is_told(tmp_path, caplog):
+    config = LSLoraConfig(r=2, target_modules=["first", "second"], calibration_steps=100)
+    trainer = made(tmp_path, rows_with(), config=config, callbacks=[SplineCallback()])
+    with caplog.at_level(logging.WARNING, "lslora"):
+        trainer.train()
+    assert caplog.messages == [message for message in caplog.messages if "knots have not moved" not in message]
+    assert any(
+        "2 of 2 splines still wait for their grid, the first in first: they" in text for text in caplog.messages
+    )
+
+
 def test_a_run_that_breaks_says_so_and_keeps_its_checkpoints(tmp_path, capsys):
     make_tiny(tmp_path)
     arguments = ["--model_name", tmp_path / "model", "--dataset_path", tmp_path / "train.jsonl", "--r", 2]

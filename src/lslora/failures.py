@@ -57,6 +57,12 @@ def unstable_slopes(records: Sequence[Record]) -> str | None:
 
 def unmoved_knots(records: Sequence[Record]) -> str | None:
     """A warning of knots that nothing has reached, with what to do; None without any."""
+    if waiting := [record["layer"] for record in records if not record["grid_scale"]]:
+        return (
+            f"{len(waiting)} of {len(records)} splines still wait for their grid, the first in {waiting[0]}: they are "
+            "the identity, and their layers plain LoRA. Take fewer calibration_steps, a third of the steps, unless "
+            "no input reached these layers"
+        )
     unmoved = {record["layer"]: _unmoved(record) for record in records}
     if not any(unmoved.values()):
         return None

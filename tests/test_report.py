@@ -12,6 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from lslora.callback import COURSE, DIAGNOSTICS
+from lslora.checkpoints import seal
 from lslora.diagnostics import save_records
 from lslora.report import main, write_report
 from lslora.scoring import compare, summarize
@@ -88,6 +89,19 @@ def test_what_is_not_there_is_said(folder, tmp_path):
     assert list(pictures_of(page)) == ["training"]
     for sentence in ("answered no questions", "left no records of splines.", "left no settings"):
         assert sentence in page
+
+
+@pytest.mark.parametrize("this_run", [True, False])
+def test_a_finished_run_that_went_on_and_was_stopped_is_shown_as_far_as_it_came(folder, this_run):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    last = folder / f"checkpoint-{state['global_step'] + 5}"
+    last.mkdir()
+    state["global_step"] += 5
+    state["log_history"].append({"loss": 0.1234, "step": state["global_step"]})
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    if this_run:  # what an earlier run left in the folder has no seal
+        seal(last)
+    assert ("→ 0.1234</b> training loss" in write_report(folder).read_text()) is this_run
 
 
 def test_splines_of_an_earlier_run_are_not_shown(folder):

@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import plots
 from .callback import DIAGNOSTICS, load_course
+from .checkpoints import SEAL
 from .diagnostics import AVERAGED, Record, live_intervals, load_records, mean_metrics, verdict
 from .files import write_whole
 from .scoring import format_comparison
@@ -74,11 +75,16 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
 
 
 def _load_state(folder: Path) -> dict[str, Any]:
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    for place in (folder, Path(checkpoint or folder)):
-        if (place / STATE).is_file():
-            return _load_json(place / STATE)
-    raise ValueError(f"{folder} must be the output folder of a training, with {STATE} or a checkpoint, found neither")
+    """The folder's own log, or the last checkpoint's: of a run that did not end, or that went on and was stopped."""
+    own, checkpoint = folder / STATE, get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last = Path(checkpoint or folder) / STATE
+    states = [_load_json(path) for path in (own, last) if path.is_file()]
+    if not states:
+        raise ValueError(
+            f"{folder} must be the output folder of a training, with {STATE} or a checkpoint, found neither"
+        )
+    of_this_run = (last.parent / SEAL).exists()  # a new run takes the seal from those of earlier ones
+    return max(states, key=lambda state: state.get("global_step", 0)) if of_this_run else states[0]
 
 
 def _load_json(path: Path) -> dict[str, Any]:

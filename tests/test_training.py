@@ -129,6 +129,11 @@ def test_penalty_gradient_is_that_of_its_value():
         torch.testing.assert_close(before - weight, gradient)
 
 
+def test_penalties_on_several_devices_are_summed_on_the_first():
+    apart = torch.nn.ModuleList([Spline(LSLoraConfig()).to("meta"), Spline(LSLoraConfig())])
+    assert spline_penalty(apart).device.type == "meta"
+
+
 def test_penalties_of_splines_that_differ_are_each_their_own():
     models = [
         model(offset=0.3, spline_reg_weight=0.7, num_knots=6),

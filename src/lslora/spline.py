@@ -202,10 +202,13 @@ def splines_of(model: nn.Module) -> list[Spline]:
 def spline_penalty(model: nn.Module) -> Tensor:
     """The value of the penalty, summed over all splines of `model`: a scalar in fp32 that autograd can differentiate.
 
-    For those who want to see it; training needs no call of this (`lslora.penalty`).
+    It is on the device of the first spline, and for those who want to see it: training needs no call of this
+    (`lslora.penalty`).
     """
     terms = [penalty.value(spline) for spline in splines_of(model)]
-    return torch.stack(terms).sum() if terms else torch.zeros((), dtype=torch.float32)
+    if not terms:
+        return torch.zeros((), dtype=torch.float32)
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
 def _zeros(count: int) -> Tensor:

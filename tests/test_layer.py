@@ -399,3 +399,19 @@ def test_hooks_on_all_modules_see_every_module():
     finally:
         handle.remove()
     assert seen.count(nn.Linear) == 3  # the base layer, A and B
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.5}, {"placement": "weight"}, {"calibration_steps": 2}])
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 3, 8), (2, 2, 2, 8)])
+def test_the_output_may_be_changed_in_place(shape, settings, bias):
+    gradients = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 6, bias=bias), nn.ReLU(inplace=inplace))
+        config = LSLoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **settings)
+        model = get_peft_model(net, config)
+        x = torch.randn(shape, requires_grad=True)
+        model(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(there, here) for there, here in zip(*gradients, strict=True))

@@ -78,3 +78,14 @@ def test_dispatch_modes_see_as_many_products_as_in_plain_lora():
             made(placement)(X).sum().backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("placement", ["output", "bottleneck", "weight"])
+def test_second_derivatives_are_refused_where_they_would_lack_a_part(placement):
+    torch.manual_seed(0)
+    config = LSLoraConfig(r=2, target_modules=["0"], init_lora_weights=False, placement=placement)
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), config)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = model(torch.randn(3, 8)).square().sum()
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(loss, learned, create_graph=True)

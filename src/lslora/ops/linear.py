@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from . import spline
+from .once import once
 from .update import backend_for
 
 
@@ -131,10 +131,10 @@ class _AdaptedLinear(torch.autograd.Function):
         y, h, multiplied, base_weight, a = _forward(*arguments)
         ctx.is_dropped = dropped is not None
         ctx.save_for_backward(multiplied if ctx.needs_input_grad[4] else None, base_weight, a, h, *rest)
-        return y
+        return y.data  # torch's linear may give a view, and of a Function's views none can be changed in place
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         multiplied, base_weight, a, h, *rest = ctx.saved_tensors
         wants_x, wants_dropped, _, _, wants_a, *wants = ctx.needs_input_grad

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cpu, eager, reference
+from .once import once
 from .tracing import needs_formula
 
 INTERPOLATION_METHODS = ("piecewise", "soft")
@@ -116,7 +116,7 @@ class _Piecewise(torch.autograd.Function):
         return _backend(z, offsets).forward(z, offsets, input_scale, output_scale, grid)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: gradient checkpointing hands them out a single time
         return *_backend(grad_output, saved[1]).backward(grad_output, *saved, ctx.grid), None

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cpu, cpu_update, spline
+from .once import once
 
 
 def update(
@@ -93,7 +93,7 @@ class _Update(torch.autograd.Function):
         return ctx.backend.forward(result, h, *tensors, *ctx.settings)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         found = ctx.backend.backward(grad_output, *ctx.saved_tensors, *ctx.settings)
         wanted = zip(found, ctx.needs_input_grad[1:], strict=False)

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BartConfig, BartForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lslora import LSLoraConfig, Spline
 
@@ -273,3 +273,55 @@ def test_saving_pieces_for_the_whole_warns(tmp_path):
     b.data = b.data.flatten()[:5]
     with pytest.warns(PeftWarning, match="1 LoRA tensor.*lora_B.*shards"):
         model.save_pretrained(tmp_path / "piece")
+
+
+class Shared(nn.Module):
+    """Holds a module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+        self.net = nn.Sequential(self.encoder, nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_module_with_two_names_is_loaded_by_its_first(tmp_path, low_cpu_mem_usage):
+    base, x = Shared(), torch.randn(4, 8)
+    config = LSLoraConfig(r=2, target_modules=["encoder.0"], init_lora_weights=False)
+    trained = get_peft_model(copy.deepcopy(base), config).eval()
+    trained.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    torch.testing.assert_close(loaded(x), trained(x), rtol=0, atol=0)
+    trained.load_adapter(tmp_path, "default")
+
+
+def test_a_classifier_by_another_name_is_not_missed(tmp_path):
+    settings = {"vocab_size": 40, "d_model": 16, "max_position_embeddings": 32, "num_labels": 3, "pad_token_id": 1}
+    for side in ("encoder", "decoder"):
+        settings |= {f"{side}_layers": 1, f"{side}_ffn_dim": 32, f"{side}_attention_heads": 2}
+    base = BartForSequenceClassification(BartConfig(**settings))
+    trained = get_peft_model(copy.deepcopy(base), LSLoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False))
+    trained.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 2]])
+    found = PeftModel.from_pretrained(base, tmp_path).eval()(input_ids=ids).logits
+    torch.testing.assert_close(found, trained.eval()(input_ids=ids).logits)
+
+
+def test_what_is_saved_whole_may_hold_infinities(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.head.register_buffer("mask", torch.full((8, 8), float("-inf")).triu(1))
+
+        def forward(self, x):
+            return (self.head(self.first(x)) + self.head.mask).softmax(-1)
+
+    base, x = Masked(), torch.randn(8, 8)
+    config = LSLoraConfig(r=2, target_modules=["first"], modules_to_save=["head"], init_lora_weights=False)
+    trained = get_peft_model(copy.deepcopy(base), config).eval()
+    trained.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(base, tmp_path).eval()(x), trained(x), rtol=0, atol=0)

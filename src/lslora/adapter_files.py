@@ -10,6 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peft import TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
@@ -65,7 +66,7 @@ def check_adapter_files(folder: Path, config: Any = None) -> None:
                 _check_layers(path, tensors, config)
                 _check_whole_modules(path, tensors, config)
             for key, tensor in tensors.items():
-                if tensor.dtype in FLOATS and not (found := file.get_tensor(key)).isfinite().all():
+                if ".lora_" in key and tensor.dtype in FLOATS and not (found := file.get_tensor(key)).isfinite().all():
                     bad = found[~found.isfinite()][0].item()
                     raise ValueError(f"{path}: the checkpoint's {key} must be finite, got {bad}")
     except SafetensorError as error:
@@ -118,8 +119,8 @@ def _check_layers(path: Path, tensors: dict[str, Stored], config: Any) -> None:
 
 
 def _check_whole_modules(path: Path, tensors: dict[str, Stored], config: Any) -> None:
-    """What is trained besides the layers must be there; modules that peft adds by itself may be no part of a model."""
-    modules = config.modules_to_save or ()
+    """What is trained besides the layers must be there, one of the modules named at least."""
+    modules = [name for name in config.modules_to_save or () if not _may_be_missing(name, config)]
     if modules and not any(f"{name}." in key for name in modules for key in tensors):
         raise ValueError(f"{path}: the checkpoint has no tensor of {', '.join(modules)}, which its config asks for")
     tokens = config.trainable_token_indices
@@ -130,6 +131,11 @@ def _check_whole_modules(path: Path, tensors: dict[str, Stored], config: Any) ->
     for key, tensor in deltas.items():
         if tensor.shape[:1] not in {(count,) for count in counts}:
             raise ValueError(f"{path}: {key} must have a row for each of trainable_token_indices, got {tensor.shape}")
+
+
+def _may_be_missing(module: str, config: Any) -> bool:
+    """Whether peft saves a module of that name if there is one: how heads are named in most models, not in all."""
+    return module in ("classifier", "score") and config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
 
 
 def _shapes(layer: str, found: dict[str, Stored], config: Any) -> dict[str, tuple[int | None, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Set
 from typing import Any, NoReturn
 
 from peft import PeftType
@@ -99,7 +100,10 @@ class LSLoraModel(LoraModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        _check_complete(model.state_dict(), adapter_name, found)
+        known = model.state_dict()
+        # A module that the model holds under several names is in a file under the first alone.
+        own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
+        _check_complete(known, known.keys() - own, adapter_name, found)
         return found
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -135,14 +139,14 @@ def _check_targets(config: LSLoraConfig, model: nn.Module) -> None:
         )
 
 
-def _check_complete(known: dict[str, Tensor], adapter_name: str, found: dict[str, Tensor]) -> None:
+def _check_complete(known: dict[str, Tensor], aliases: Set[str], adapter_name: str, found: dict[str, Tensor]) -> None:
     """Raise ValueError unless a checkpoint has what the model's adapter has, in the same shapes, and finite.
 
     peft loads adapters with `strict=False`: what is missing would stay as it was drawn, what is surplus would be
-    dropped, without an error. What a spline needs its layer checks.
+    dropped, without an error. What a spline needs its layer checks. `aliases` are further names of what is `known`.
     """
     own = re.compile(rf".*\.lora_(A|B|embedding_A|embedding_B)\.{re.escape(adapter_name)}(\..+)?")
-    for key in known.keys() - found.keys():
+    for key in known.keys() - aliases - found.keys():
         if own.fullmatch(key):
             raise ValueError(f"the checkpoint has no {key}, which the adapter's config asks for")
     for key, tensor in found.items():

@@ -161,6 +161,7 @@ def test_a_checkpoint_over_the_limit_goes_when_the_new_one_is_sealed(tmp_path, m
     assert trainer.args.save_total_limit == limit
 
 
+@pytest.mark.parametrize("sealed_before", [True, False])
 @pytest.mark.parametrize(
     ("limit", "best", "kept"),
     [
@@ -175,14 +176,23 @@ def test_a_checkpoint_over_the_limit_goes_when_the_new_one_is_sealed(tmp_path, m
         (9, 10, {10, 20, 30, 90}),
     ],
 )
-def test_what_is_kept_is_the_last_the_best_and_of_this_run(tmp_path, limit, best, kept):
-    for step in (10, 20, 30, 90):
-        folder = tmp_path / f"checkpoint-{step}"
+def test_what_is_kept_is_the_last_the_best_and_of_this_run(tmp_path, limit, best, kept, sealed_before):
+    folders = {step: tmp_path / f"checkpoint-{step}" for step in (90, 10, 20, 30)}
+    for time, (step, folder) in enumerate(folders.items()):
         folder.mkdir()
-        if step != 90:  # of an earlier run, unsealed as this one began
+        if step != 90 or sealed_before:  # of an earlier run
             seal(folder)
-    remove_older(tmp_path, limit, best=best and str(tmp_path / f"checkpoint-{best}"))
+            os.utime(folder / SEAL, (time, time))
+    remove_older(folders[30], limit, best=best and str(folders[best]))
     assert {int(folder.name.partition("-")[2]) for folder in tmp_path.iterdir()} == kept
+
+
+def test_what_has_just_been_saved_is_kept_whatever_else_is_there(tmp_path):
+    trainer_in(tmp_path, max_steps=8).train()
+    trainer_in(tmp_path, max_steps=4, save_total_limit=1).train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    stored = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert (stored.max_steps, stored.save_total_limit) == (4, 1)
 
 
 def test_killed_runs_end_with_the_weights_of_one_that_was_not(capsys):

@@ -12,8 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .files import write_whole
@@ -38,19 +40,25 @@ class WholeCheckpointsMixin:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         arguments, state = self.args, self.state  # type: ignore[attr-defined]
-        output_dir = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
-        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        limit, arguments.save_total_limit = arguments.save_total_limit, None
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"  # type: ignore[attr-defined]
         try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            self._save_without_limit(model, trial)
             PartialState().wait_for_everyone()  # each writes files of its own
             if arguments.should_save:
+                torch.save(arguments, folder / TRAINING_ARGS_NAME)  # as they are, with their limit
                 seal(folder)
-                remove_older(output_dir, limit, best=state.best_model_checkpoint)
+                remove_older(folder, arguments.save_total_limit, best=state.best_model_checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
             free = shutil.disk_usage(arguments.output_dir).free  # torch does not tell
             shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(f"{folder} could not be written, with {free} bytes free: {error}") from error
+
+    def _save_without_limit(self, model: Any, trial: Any) -> None:
+        """The trainer's own saving, which would remove older checkpoints before this one has its seal."""
+        arguments = self.args  # type: ignore[attr-defined]
+        limit, arguments.save_total_limit = arguments.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             arguments.save_total_limit = limit
 
@@ -60,17 +68,22 @@ def seal(folder: Path) -> None:
     write_whole(folder / SEAL, json.dumps({"sha256": _checksums(folder)}, indent=1) + "\n")
 
 
-def remove_older(output_dir: Path, limit: int | None, *, best: str | None) -> None:
-    """Keep `limit` checkpoints, among them the last and the best; those of an earlier run are the first to go."""
+def remove_older(saved: Path, limit: int | None, *, best: str | None) -> None:
+    """Keep `limit` checkpoints beside and with `saved`, among them the best: the last to be sealed."""
     if limit is None or limit <= 0:  # as transformers counts
         return
-    folders = sorted(_by_step(output_dir), key=lambda folder: not (folder / SEAL).exists())
-    kept = {folders[0], *(folder for folder in folders if best is not None and folder == Path(best))}
+    folders = sorted(_by_step(saved.parent), key=_sealed_at, reverse=True)
+    kept = {saved, *(folder for folder in folders if best is not None and folder == Path(best))}
     for folder in folders:
         if folder not in kept and len(kept) >= limit:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             kept.add(folder)
+
+
+def _sealed_at(folder: Path) -> int:
+    """When a checkpoint was sealed, in nanoseconds; 0 without a seal."""
+    return (folder / SEAL).stat().st_mtime_ns if (folder / SEAL).exists() else 0
 
 
 def problem_of(folder: Path) -> str | None:
@@ -99,6 +112,11 @@ def last_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str
             return folder, problems
         problems.append(f"{folder}: {problem}")
     return None, problems
+
+
+def last_sealed_checkpoint(output_dir: str | Path) -> Path | None:
+    """The checkpoint of the latest step that was written to its end; what has become of it since is not looked at."""
+    return next((folder for folder in _by_step(Path(output_dir)) if (folder / SEAL).exists()), None)
 
 
 def unseal(output_dir: str | Path) -> int:

@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         questions = Questions(args.dataset, args.limit, args.seed)
         if args.output.is_dir():
             raise ValueError(f"--output must be a file, got the folder {args.output}")
+        if args.output.resolve() in {path.resolve() for path in args.dataset}:
+            raise ValueError(f"--output must be another file than --dataset, which would be lost, got {args.output}")
         settings = settings_of(args)
         check_base(settings["model_name"])
         check_questions(

@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--chat_template", action="store_true", help="write instructions as the tokenizer's chat does")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the plain adapter goes")
     parser.add_argument("--model_name", metavar="NAME", help="base model; by default the one the adapter names")
-    parser.add_argument("--rows", type=positive, default=200, metavar="N", help="fit on the first N rows of a file in random order")
+    parser.add_argument("--rows", type=positive, default=200, metavar="N", help="fit on its first N rows")
     parser.add_argument("--rank", type=positive, metavar="R", help="of the plain adapter; by default the same")
     parser.add_argument("--tolerance", type=float, default=0.1, help="largest relative error of a layer's update")
     parser.add_argument("--eval_dataset", type=Path, metavar="FILE", help="rows to answer before and after")

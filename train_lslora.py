@@ -223,9 +223,17 @@ def missing_to_begin(args: argparse.Namespace) -> list[str]:
     from lslora.report import STATE
 
     checkpoint, _ = last_whole_checkpoint(args.output_dir)
-    if checkpoint is None or Path(args.output_dir, STATE).exists():  # nothing there, or a run that was finished
+    if checkpoint is None or finished_steps(Path(args.output_dir, STATE)) >= steps_of(checkpoint):
         return []
     return [f"an --output_dir without a run that was stopped: go on from {checkpoint} with --resume, or remove it"]
+
+
+def finished_steps(state: Path) -> int:
+    """The steps of a run that was finished, by its log; 0 without one."""
+    try:
+        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def steps_of(checkpoint: Path) -> int:

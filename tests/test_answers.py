@@ -176,6 +176,23 @@ def test_what_a_text_states_counts_before_what_it_names(text, expected):
     assert answers.extract_answer(text, ("yes", "no")) == expected
 
 
+@pytest.mark.parametrize("options", [("-1", "0", "1"), ("$5", "5"), (".5", "5")])
+def test_a_sign_is_part_of_an_option(options):
+    for option in options:
+        for text in (
+            f"the correct answer is {option}",
+            f"Answer: {option}.",
+            f"{option}. That is all.",
+            f"({option})",
+        ):
+            assert answers.extract_answer(text, options) == option
+
+
+def test_an_answer_in_another_case_is_generated():
+    assert answers.choose_scorer(row("yes", options=("yes", "no"), output="Yes.")) == "generate"
+    assert answers.choose_scorer(row("yes", options=("yes", "no"), output="yes.")) == "likelihood"
+
+
 def test_of_two_options_that_begin_alike_the_whole_one_counts():
     assert answers.extract_answer("a-b", ("a", "a-b")) == "a-b"
     assert answers.extract_answer("a", ("a", "a-b")) == "a"

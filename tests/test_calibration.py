@@ -349,6 +349,20 @@ def test_evaluation_measures_nothing():
     assert all(spline.grid_scale.item() < 10 for spline in splines(model))
 
 
+@pytest.mark.parametrize("placement", ["output", "bottleneck", "weight"])
+def test_a_forward_pass_in_inference_mode_does_not_disturb_the_measuring_step(placement):
+    """As a metric or a teacher has it."""
+    model = made(placement=placement)
+
+    def forward(x):
+        with torch.inference_mode():
+            model(x)
+        return model(x)
+
+    train(model, batches(), forward=forward)
+    assert all(spline.is_calibrated and spline.weight.any() for spline in splines(model))
+
+
 @pytest.mark.parametrize("shape", [(16384, 16), (4, 4096, 64), (3, 5, 70000)])
 def test_every_feature_is_counted_however_many_tokens_there_are(shape):
     spline = Spline(LSLoraConfig(calibration_steps=1))

@@ -759,6 +759,14 @@ def test_script_refuses_an_output_that_is_a_folder(script, arguments, capsys):
     assert "--output must be a file, got the folder" in capsys.readouterr().err
 
 
+def test_script_does_not_write_over_its_questions(script, arguments, capsys):
+    before = arguments["--dataset"].read_bytes()
+    arguments["--output"] = arguments["--dataset"]
+    assert script.main(command(arguments)) == 2
+    assert "--output must be another file than --dataset" in capsys.readouterr().err
+    assert arguments["--dataset"].read_bytes() == before
+
+
 def test_script_says_which_adapter_does_not_fit_which_base(script, arguments, tokenizer, tmp_path, capsys):
     small = LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 16}, intermediate_size=8))
     small.save_pretrained(tmp_path / "small")

@@ -83,6 +83,18 @@ def test_a_signal_saves_and_stops_and_resume_ends_with_the_same_weights(tiny, tm
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+def test_a_finished_run_that_went_on_and_was_stopped_is_not_begun_anew_without_a_word(tiny, tmp_path, capsys):
+    given = arguments(tiny, tmp_path)
+    assert train_lslora.main(given) == 0
+    longer = [*given, "--max_steps", "1000"]
+    stopped_after(30, signal.SIGTERM, [*longer, "--resume"])
+    stopped = last_whole_checkpoint(tmp_path)
+    capsys.readouterr()
+    assert train_lslora.main(given) == 2
+    assert f"go on from {stopped[0]} with --resume" in capsys.readouterr().err
+    assert last_whole_checkpoint(tmp_path) == stopped
+
+
 def test_a_later_signal_acts_as_ever():
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(KeyboardInterrupt), StopOnSignal() as stop:

@@ -104,6 +104,20 @@ def test_a_finished_run_that_went_on_and_was_stopped_is_shown_as_far_as_it_came(
     assert ("→ 0.1234</b> training loss" in write_report(folder).read_text()) is this_run
 
 
+def test_a_new_run_that_was_stopped_is_not_taken_for_the_one_before(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    (folder / "trainer_state.json").unlink()  # as a new run does
+    for step, loss in ((900, 0.9), (4, 0.4)):
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        log = [*state["log_history"], {"loss": loss, "step": step}]
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+    with pytest.raises(ValueError, match="found neither"):  # nothing was saved yet
+        write_report(folder)
+    seal(folder / "checkpoint-4")
+    assert "→ 0.4000</b> training loss" in write_report(folder).read_text()
+
+
 def test_splines_of_an_earlier_run_are_not_shown(folder):
     run = json.loads((folder / "run.json").read_text())
     run["settings"]["method"] = "lora"

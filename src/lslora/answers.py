@@ -77,7 +77,7 @@ def choose_scorer(row: Mapping[str, str], scorer: str = "auto") -> str:
     Args:
         row: A row with `instruction`, `output` and `answer`.
         scorer: `"likelihood"` (needs options), `"generate"`, or `"auto"`: the former for rows with options whose
-            output names the answer once, the latter for all others.
+            output names the answer once, in its own case, the latter for all others.
 
     Returns:
         `"likelihood"` or `"generate"`.
@@ -93,7 +93,8 @@ def choose_scorer(row: Mapping[str, str], scorer: str = "auto") -> str:
         raise ValueError("a row to be scored must have an answer, got an empty one")
     if options and row["answer"] not in options:
         raise ValueError(f"the answer must be one of {'/'.join(options)}, got {row['answer']!r}")
-    suits = options and _mentions(row["answer"], row["output"]) < 2
+    mentions, exact = _mentions(row["answer"], row["output"]), re.search(_word(row["answer"]), row["output"])
+    suits = options and mentions < 2 and (exact or not mentions)
     if scorer == "generate" or (scorer == "auto" and not suits):
         return "generate"
     if not options:
@@ -136,8 +137,8 @@ def extract_answer(text: str, options: Sequence[str]) -> str | None:
     heads = " ".join(re.findall(rf"{word}\s*:", text, re.IGNORECASE))
     if len(set(named(heads))) > 1:
         text = re.sub(rf"{word}\s*:", " _ ", text, flags=re.IGNORECASE)
-    stated = [match[1] for match in re.finditer(rf"answer(?: is\b|:)\W{{0,5}}({word})", text, re.IGNORECASE)]
-    first = re.match(rf"\W*({word})(?:\W*\Z|[.:)\]*])", text, re.IGNORECASE)
+    stated = [match[1] for match in re.finditer(rf"answer(?: is\b|:)\W{{0,5}}?({word})", text, re.IGNORECASE)]
+    first = re.match(rf"\W*?({word})(?:\W*\Z|[.:)\]*])", text, re.IGNORECASE)
     if first and not stated:
         stated = [first[1]]
     answers = [_same_option(stated[-1], options)] if stated else named(text)

@@ -60,6 +60,7 @@ def is_last_step(spline: MeasuredGrid) -> bool:
     return seen.steps + 1 >= spline.calibration_steps
 
 
+@torch.inference_mode(False)  # the counts are written to in other modes too
 @torch.no_grad()
 def observe(spline: MeasuredGrid, z: Tensor) -> None:
     """Count z by size; left out is a z that is zero throughout (B = 0: it says nothing) or not finite.

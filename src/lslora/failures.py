@@ -61,7 +61,7 @@ def unmoved_knots(records: Sequence[Record]) -> str | None:
         return (
             f"{len(waiting)} of {len(records)} splines still wait for their grid, the first in {waiting[0]}: they are "
             "the identity, and their layers plain LoRA. Take fewer calibration_steps, a third of the steps, unless "
-            "no input reached these layers"
+            "no input reached these layers in train mode"
         )
     unmoved = {record["layer"]: _unmoved(record) for record in records}
     if not any(unmoved.values()):

@@ -22,7 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import plots
 from .callback import DIAGNOSTICS, load_course
-from .checkpoints import SEAL
+from .checkpoints import last_sealed_checkpoint
 from .diagnostics import AVERAGED, Record, live_intervals, load_records, mean_metrics, verdict
 from .files import write_whole
 from .scoring import format_comparison
@@ -76,15 +76,16 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
 
 def _load_state(folder: Path) -> dict[str, Any]:
     """The folder's own log, or the last checkpoint's: of a run that did not end, or that went on and was stopped."""
-    own, checkpoint = folder / STATE, get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    last = Path(checkpoint or folder) / STATE
-    states = [_load_json(path) for path in (own, last) if path.is_file()]
+    # With run.json there are seals, which a new run takes from an earlier one's checkpoints; other trainers have none.
+    sealed, last = last_sealed_checkpoint(folder), get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    states = [_load_json(place / STATE) for place in (folder, sealed) if place and (place / STATE).is_file()]
+    if not states and last and Path(last, STATE).is_file() and not (folder / RUN).is_file():
+        states = [_load_json(Path(last, STATE))]
     if not states:
         raise ValueError(
             f"{folder} must be the output folder of a training, with {STATE} or a checkpoint, found neither"
         )
-    of_this_run = (last.parent / SEAL).exists()  # a new run takes the seal from those of earlier ones
-    return max(states, key=lambda state: state.get("global_step", 0)) if of_this_run else states[0]
+    return max(states, key=lambda state: state.get("global_step", 0))
 
 
 def _load_json(path: Path) -> dict[str, Any]:

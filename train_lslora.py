@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lslora.data import Example, Row
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
@@ -170,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     try:
         return train(trainer, args, eval_rows)
-    except (FloatingPointError, OSError) as error:  # among them: a checkpoint that cannot be written
+    except (FloatingPointError, ImportError, OSError) as error:  # among them: a checkpoint that cannot be written
         print(f"error: {args.output_dir}: {error}", file=sys.stderr)
         return 1
 
@@ -332,12 +334,14 @@ def train(trainer: Any, args: argparse.Namespace, eval_rows: list[Row]) -> int:
     from lslora.report import write_report
 
     tokenizer, speaks = trainer.processing_class, trainer.is_world_process_zero() and not args.quiet
-    checkpoint = begin(trainer, args)
+    checkpoint = resume_point(trainer, args) if args.resume else None
     if checkpoint and steps_of(checkpoint) == args.max_steps:
+        begin(trainer, args, checkpoint)
         load_finished(trainer, checkpoint)
     else:
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
+            trainer.add_callback(before_the_first_step(lambda: begin(trainer, args, checkpoint)))
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if stop.signal:
             return tell_stopped(trainer, stop.signal)
@@ -355,20 +359,36 @@ def train(trainer: Any, args: argparse.Namespace, eval_rows: list[Row]) -> int:
     return 0
 
 
-def begin(trainer: Any, args: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from, or None; `run.json` holds the settings from now on."""
+def resume_point(trainer: Any, args: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from, told together with those that are passed over."""
+    from lslora.checkpoints import last_whole_checkpoint
+
+    checkpoint, problems = last_whole_checkpoint(args.output_dir)
+    if trainer.is_world_process_zero():
+        for problem in problems:
+            print(f"warning: passed over {problem}", file=sys.stderr)
+        if not args.quiet:
+            print(f"Going on from {checkpoint}")
+    return checkpoint
+
+
+def before_the_first_step(action: Callable[[], None]) -> Any:
+    """A callback that acts when a training has all it needs, its optimizer and schedule included."""
+    from transformers import TrainerCallback
+
+    class BeforeTheFirstStep(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            action()
+
+    return BeforeTheFirstStep()
+
+
+def begin(trainer: Any, args: argparse.Namespace, checkpoint: Path | None) -> None:
+    """Make the folder this run's: `run.json` holds its settings, and nothing goes on from an earlier run."""
     from lslora.callback import DIAGNOSTICS
-    from lslora.checkpoints import last_whole_checkpoint, unseal
+    from lslora.checkpoints import unseal
     from lslora.report import STATE
 
-    checkpoint = None
-    if args.resume:
-        checkpoint, problems = last_whole_checkpoint(args.output_dir)
-        if trainer.is_world_process_zero():
-            for problem in problems:
-                print(f"warning: passed over {problem}", file=sys.stderr)
-            if not args.quiet:
-                print(f"Going on from {checkpoint}")
     trainer.accelerator.wait_for_everyone()  # all have looked
     if trainer.is_world_process_zero():
         if checkpoint is None:
@@ -376,7 +396,6 @@ def begin(trainer: Any, args: argparse.Namespace) -> Path | None:
             for name in (STATE, DIAGNOSTICS):  # of an earlier run, whose log a report would take for this one's
                 Path(args.output_dir, name).unlink(missing_ok=True)
         write_run(args, {})
-    return checkpoint
 
 
 def load_finished(trainer: Any, checkpoint: Path) -> None:

@@ -1,5 +1,6 @@
 """train_lslora.py and train_lslora.sh from outside, on a small real architecture saved to disk."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -286,6 +287,21 @@ def test_what_cannot_run_says_so_before_anything_is_written(tiny, tmp_path, caps
     assert run(tiny, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("--optim", "galore_adamw"), ("--lr_scheduler_type", "cosine_with_min_lr")])
+def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(tiny, tmp_path, capsys, arguments):
+    if "galore_adamw" in arguments and importlib.util.find_spec("galore_torch"):
+        pytest.skip("this optimizer runs here")
+    assert run(tiny, tmp_path) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if "galore_adamw" in arguments:
+        assert run(tiny, tmp_path, *arguments) == 1
+        assert "galore" in capsys.readouterr().err
+    else:
+        with pytest.raises(ValueError, match="min_lr"):
+            run(tiny, tmp_path, *arguments)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", ["max_steps", "batch_size", "r", "save_steps"])

@@ -12,8 +12,10 @@ if [ $# -eq 0 ] || [ ! -f "$1/adapter_config.json" ]; then
 fi
 adapter=$(cd "$1" && pwd)
 shift
-cd "$(dirname "$0")"
+repository=$(cd "$(dirname "$0")" && pwd)
 
+pushd "$repository" >/dev/null
 source scripts/environment.sh train
-exec python eval_lslora.py --adapter "$adapter" --base \
-    --dataset dataset/commonsense_mini/test.jsonl --output "$adapter/evaluation.json" "$@"
+popd >/dev/null # paths are those of whoever calls
+exec python "$repository/eval_lslora.py" --adapter "$adapter" --base \
+    --dataset "$repository/dataset/commonsense_mini/test.jsonl" --output "$adapter/evaluation.json" "$@"

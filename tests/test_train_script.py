@@ -443,3 +443,19 @@ def test_what_it_saves_is_exported_as_plain_lora(tiny, tmp_path, capsys):
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert plain.peft_config["default"].peft_type == "LORA"
     assert any(parameter.abs().max() > 0 for name, parameter in plain.named_parameters() if "lora_B" in name)
+
+
+def test_eval_recipe_takes_the_paths_of_whoever_calls(tiny, tmp_path):
+    assert run(tiny, tmp_path / "adapter") == 0
+    environment = tmp_path / "environment"  # nothing to install, nothing to enter
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "activate").touch()
+    (environment / ".installed-train").write_bytes((ROOT / "constraints.txt").read_bytes())
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", ROOT / "eval_lslora.sh", tmp_path / "adapter", "--dataset", "train.jsonl", "--output", "a.json"]
+    variables = {**os.environ, "PATH": path, "LSLORA_VENV": str(environment)}
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "train.jsonl").write_bytes((tiny / "train.jsonl").read_bytes())
+    subprocess.run(command, cwd=there, env=variables, check=True, capture_output=True)
+    assert len(json.loads((there / "a.json").read_text())["predictions"]) == len(ROWS)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Print accuracies from the results of eval_lslora.py; of two result files also how the second differs from the first.
+"""Print accuracies from the results of eval_lslora.py; of two result files also how the second differs from the first,
+of one with the base model's answers (--base) how the adapter differs from those.
 
 Runs with Python alone: neither torch nor the package has to be installed.
 """
@@ -30,24 +31,30 @@ def main(arguments: list[str] | None = None) -> int:
     paths = parser.parse_args(arguments).files
     scoring = load_scoring()
     try:
-        predictions = [read_predictions(Path(path)) for path in paths]
-        comparison = scoring.compare(*predictions) if len(paths) == 2 else None
-        check_counts(paths, predictions)
+        sides = [read_sides(Path(path)) for path in paths]
+        columns = {path: own for path, (own, *_) in zip(paths, sides, strict=True)}
+        if len(paths) == 1 and (base := sides[0][1:]):
+            columns["base"] = base[0]
+            title, comparison = "Adapter minus base", scoring.compare(base[0], columns[paths[0]])
+        elif len(paths) == 2:
+            title, comparison = "Second file minus first", scoring.compare(*(own for own, *_ in sides))
+        else:
+            title, comparison = "", None
+        check_counts(columns)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    summaries = [scoring.summarize(items) for items in predictions]
     print("Accuracy in per cent, with 95 % intervals\n")
-    print(scoring.format_table(dict(zip(paths, summaries, strict=True))))
+    print(scoring.format_table({name: scoring.summarize(items) for name, items in columns.items()}))
     if comparison:
-        print("\nSecond file minus first in percentage points, paired, with 95 % intervals\n")
+        print(f"\n{title} in percentage points, paired, with 95 % intervals\n")
         print(scoring.format_comparison(comparison))
     return 0
 
 
-def check_counts(paths: list[str], predictions: list[list[dict[str, Any]]]) -> None:
+def check_counts(columns: dict[str, list[dict[str, Any]]]) -> None:
     """ValueError for files of different numbers of rows: their accuracies would stand beside the first one's."""
-    counts = {path: len(items) for path, items in zip(paths, predictions, strict=True)}
+    counts = {path: len(items) for path, items in columns.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"files must be of the same rows, got {counts}")
 
@@ -63,8 +70,8 @@ def load_scoring() -> ModuleType:
     return module
 
 
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The predictions in a result file, by index.
+def read_sides(path: Path) -> list[list[dict[str, Any]]]:
+    """The predictions in a result file, and those of the base model if it has them, each by index.
 
     Raises:
         ValueError: the file cannot be read or is not what eval_lslora.py writes.
@@ -75,7 +82,13 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON in UTF-8: {error}") from error
-    predictions = content.get("predictions") if isinstance(content, dict) else None
+    own = content if isinstance(content, dict) else {}
+    return [checked(path, side) for side in (own, *([own["base"]] if "base" in own else []))]
+
+
+def checked(path: Path, side: Any) -> list[dict[str, Any]]:
+    """The predictions of one side, by index; ValueError for what eval_lslora.py does not write."""
+    predictions = side.get("predictions") if isinstance(side, dict) else None
     if not isinstance(predictions, list) or not predictions:
         raise ValueError(f"{path}: must hold a list of predictions as eval_lslora.py writes it")
     for number, prediction in enumerate(predictions, start=1):

@@ -61,6 +61,20 @@ def test_one_file(write):
     assert "McNemar" not in result.stdout
 
 
+def test_one_file_with_the_answers_of_the_base_model(write):
+    ours, base = predictions("111010"), predictions("100010")
+    both = write("both.json", {"predictions": ours, "base": {"predictions": base}})
+    one, two = run(both), run(write("base.json", {"predictions": base}), write("ours.json", {"predictions": ours}))
+    assert one.returncode == 0, one.stderr
+    for items in (ours, base):
+        assert cells(summarize(items)["micro"]) in one.stdout
+    heading, differences = "in percentage points, paired, with 95 % intervals", 1
+    assert f"Adapter minus base {heading}" in one.stdout and f"Second file minus first {heading}" in two.stdout
+    assert one.stdout.split(heading)[differences] == two.stdout.split(heading)[differences]
+    broken = run(write("broken.json", {"predictions": ours, "base": {"predictions": [{}]}}))
+    assert broken.returncode == 2 and "prediction 1: field 'index' is missing" in broken.stderr
+
+
 def test_two_files_are_compared_item_by_item(write):
     first, second = predictions("111000"), predictions("011111")
     paths = write("a.json", {"predictions": first}), write("b.json", {"predictions": second[::-1]})

@@ -116,12 +116,12 @@ def last_whole_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str
 
 def last_sealed_checkpoint(output_dir: str | Path) -> Path | None:
     """The checkpoint of the latest step that was written to its end; what has become of it since is not looked at."""
-    return next((folder for folder in _by_step(Path(output_dir)) if (folder / SEAL).exists()), None)
+    return next(filter(_sealed_at, _by_step(Path(output_dir))), None)
 
 
 def unseal(output_dir: str | Path) -> int:
     """Let nothing be resumed from the checkpoints in `output_dir`, as a new run there begins; how many there were."""
-    seals = [folder / SEAL for folder in _by_step(Path(output_dir)) if (folder / SEAL).exists()]
+    seals = [folder / SEAL for folder in filter(_sealed_at, _by_step(Path(output_dir)))]
     for path in seals:
         path.unlink()
     return len(seals)

@@ -56,7 +56,7 @@ def unstable_slopes(records: Sequence[Record]) -> str | None:
 
 
 def unmoved_knots(records: Sequence[Record]) -> str | None:
-    """A warning of knots that nothing has reached, with what to do; None without any."""
+    """A warning of knots that nothing has reached, or that wait for their grid still, and what to do; or None."""
     if waiting := [record["layer"] for record in records if not record["grid_scale"]]:
         return (
             f"{len(waiting)} of {len(records)} splines still wait for their grid, the first in {waiting[0]}: they are "

@@ -70,7 +70,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     messages = to_messages({"instruction": "?", "output": answer})
     chat = str(tokenizer.apply_chat_template([*messages["prompt"], *messages["completion"]], tokenize=False))
     behind = tokenizer(chat.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in behind if token in tokenizer.added_tokens_decoder), None)
+    own = tokenizer.added_tokens_decoder  # made anew whenever it is asked for
+    return next((token for token in behind if token in own), None)
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> list[int]:

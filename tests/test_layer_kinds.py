@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import model as lora_model
 from torch import nn
+from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
@@ -290,6 +291,15 @@ def test_what_cannot_work_is_refused_and_the_base_is_as_it_was(make, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(net, LSLoraConfig(target_modules=["0"], placement="weight"))
     assert net[0] is kept
+
+
+@pytest.mark.parametrize("config_class", [LoraConfig, LSLoraConfig])
+def test_layers_that_mambas_kernels_read_past_the_adapter_are_refused_as_peft_does(config_class):
+    sizes = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8}
+    model = Mamba2ForCausalLM(Mamba2Config(hidden_size=32, num_hidden_layers=1, vocab_size=40, **sizes))
+    with pytest.raises(ValueError, match="Module 'out_proj' is incompatible with Mamba-based models"):
+        get_peft_model(model, config_class(target_modules=["in_proj", "out_proj"]))
+    get_peft_model(model, config_class(target_modules=["in_proj"]))
 
 
 @pytest.mark.parametrize("class_name", ["TeLinear", "LoraParallelLinear"])

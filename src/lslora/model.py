@@ -46,6 +46,10 @@ class LSLoraModel(LoraModel):
         _check_targets(peft_config, model)
         super()._prepare_model(peft_config, model)
 
+    def _check_target_module_compatiblity(self, peft_config: LSLoraConfig, model: nn.Module, target_name: str) -> None:
+        # Mamba's kernels read some layers' weights past the adapter; peft has that list for LORA by name.
+        super()._check_target_module_compatiblity(_as_lora(peft_config), model, target_name)
+
     def _create_and_replace(
         self, lora_config: LSLoraConfig, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
@@ -128,8 +132,7 @@ def _check_targets(config: LSLoraConfig, model: nn.Module) -> None:
         base = module.get_base_layer() if isinstance(module, LoraLayer) else module
         if config.placement == "weight" and isinstance(base, CONVOLUTIONS):
             raise ValueError(f"{NO_CONVOLUTIONS} ({name})")
-    as_lora = copy.deepcopy(config)
-    as_lora.peft_type = PeftType.LORA
+    as_lora = _as_lora(config)
     if hasattr(model, "config"):
         convert_peft_config_for_transformers(as_lora, model, conversions=None)
     if as_lora.target_parameters:
@@ -137,6 +140,13 @@ def _check_targets(config: LSLoraConfig, model: nn.Module) -> None:
             f"target_modules must name layers, but {sorted(as_lora.target_parameters)} are parameters of this model, "
             "in which peft merges the update: LS-LoRA cannot do that"
         )
+
+
+def _as_lora(config: LSLoraConfig) -> LSLoraConfig:
+    """The same settings under the name that peft looks for where it treats LoRA apart."""
+    as_lora = copy.deepcopy(config)
+    as_lora.peft_type = PeftType.LORA
+    return as_lora
 
 
 def _check_complete(known: dict[str, Tensor], aliases: Set[str], adapter_name: str, found: dict[str, Tensor]) -> None:

@@ -175,6 +175,18 @@ def test_penalty_reaches_copies_and_only_what_is_stepped():
     torch.testing.assert_close(splines(second)[1].weight, before * (1 - 2 / 5))
 
 
+def test_an_optimizer_that_maximises_pulls_the_knots_to_the_identity_too():
+    peft_model = model(offset=0.2, spline_reg_weight=1.0)
+    weights = [spline.weight for spline in splines(peft_model)]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    before = [weight.detach().clone() for weight in weights]
+    groups = [{"params": weights[:3], "maximize": True}, {"params": weights[3:]}]
+    torch.optim.SGD(groups, lr=1.0).step()
+    for weight, start in zip(weights, before, strict=True):
+        torch.testing.assert_close(weight, start * (1 - 2 / 5))
+
+
 def test_penalty_does_not_colour_the_losses(tmp_path):
     losses = []
     for weight in (0.0, 1000.0):

@@ -58,25 +58,27 @@ def add_gradients(optimizer: Optimizer) -> None:
 
     On a stretched grid (`calibration_steps`) heights are `σ v_i`, so the gradient has a factor of σ². Knots that are
     frozen or have no gradient (not used since the last step) are left alone. Where the optimizer itself is to undo
-    the loss scaling (fused ones, `grad_scale`), the gradient is scaled as the others are.
+    the loss scaling (fused ones, `grad_scale`), the gradient is scaled as the others are; where it maximises, it is
+    subtracted.
 
     Raises:
         ValueError: the optimizer is peft's LoRA-FA, which can step no spline.
     """
-    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    signs = {id(p): -1 if group.get("maximize") else 1 for group in optimizer.param_groups for p in group["params"]}
     scale = getattr(optimizer, "grad_scale", None)
     due: dict[tuple[Any, ...], list[Spline]] = {}  # a GPU would take longer to be asked for each than to do it
     for spline in _splines:
         weight = spline.weight
-        if isinstance(optimizer, LoraFAOptimizer) and id(weight) in stepped:
+        sign = signs.get(id(weight))
+        if isinstance(optimizer, LoraFAOptimizer) and sign:
             raise ValueError("LoRA-FA needs an update linear in B and takes a spline's heights for an A or a B")
         if not spline.spline_reg_weight or spline.micro_batches is not None:
             continue
-        if weight.requires_grad and weight.grad is not None and id(weight) in stepped:
-            kind = weight.device, weight.dtype, spline.num_knots, spline.spline_reg_weight, spline.grid_scale is None
-            due.setdefault(kind, []).append(spline)
-    for alike in due.values():
-        gradients = _gradients(alike)
+        if weight.requires_grad and weight.grad is not None and sign:
+            grid = spline.num_knots, spline.spline_reg_weight, spline.grid_scale is None
+            due.setdefault((sign, weight.device, weight.dtype, *grid), []).append(spline)
+    for (sign, *_), alike in due.items():
+        gradients = _gradients(alike) * sign
         if scale is not None:
             gradients *= scale.to(gradients.device)
         torch._foreach_add_([_local(spline.weight.grad) for spline in alike], list(gradients))

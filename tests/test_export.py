@@ -178,6 +178,13 @@ def test_an_error_above_the_tolerance_is_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("tolerance", [-0.1, float("nan")])
+def test_a_tolerance_is_a_number_that_an_error_can_be_within(tmp_path, tolerance):
+    with pytest.raises(ValueError, match=f"tolerance must be at least 0, got {tolerance}"):
+        exported(adapted(), tmp_path / "new", tolerance=tolerance)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

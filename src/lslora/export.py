@@ -148,15 +148,17 @@ def export_lora(
         adapter_name: Which adapter.
         rank: Of the new adapter, at least that of the old one; by default the same, with the same A. More can follow
             what φ makes of x outside of A x. Give `observe_updates` the same.
-        tolerance: The largest error of a layer that is accepted, relative as in `Moments.error`.
+        tolerance: ≥ 0, the largest error of a layer that is accepted, relative as in `Moments.error`.
 
     Returns:
         Layer name → relative error of its update over the calibration tokens.
 
     Raises:
-        ValueError: as `observe_updates`; or a layer was not called or has too few tokens, or its error is above
-            `tolerance`. Nothing is written then.
+        ValueError: as `observe_updates`; or `tolerance` is negative or NaN, a layer was not called or has too few
+            tokens, or its error is above `tolerance`. Nothing is written then.
     """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
     layers = _layers(model, adapter_name, rank)
     if missing := [name for name in layers if name not in moments]:
         raise ValueError(f"every adapted layer must be called during calibration; {missing[0]} was not")
@@ -169,7 +171,7 @@ def export_lora(
         for key, matrix in zip(layer.keys(name), (a, b), strict=True):
             tensors[key] = matrix.to(tensors[key].dtype)
     worst = max(errors, key=errors.__getitem__)
-    if errors[worst] > tolerance:
+    if not errors[worst] <= tolerance:
         raise ValueError(
             f"the linear updates must be within {tolerance:.3g} of the trained ones, relative; that of {worst} is "
             f"{errors[worst]:.3g} away: serve the adapter with lslora, or accept a larger tolerance"

@@ -9,7 +9,6 @@ are needed. Read the results again with calculate_score.py.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 import signal
 import sys
@@ -29,7 +28,8 @@ from lslora.answers import SCORERS
 from lslora.data import Row, RowFile
 from lslora.embedded import resolve_model_name
 from lslora.evaluation import by_index, check_rows, in_row_order, predict
-from lslora.files import write_json_whole
+from lslora.files import sha256, write_json_whole
+from lslora.lengths import position_limit_of
 from lslora.partial_results import PartialResults
 from lslora.progress import bars_hidden, hide_library_bars
 from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
@@ -131,12 +131,22 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     weights = [path for name in ADAPTER_FILES if args.adapter and (path := args.adapter / name).is_file()]
     return {
         "model_name": model_name,
+        "base_files": base_files(model_name),
         "adapter": str(args.adapter) if args.adapter else None,
-        "adapter_sha256": sha256(weights) if args.adapter else None,
-        "datasets": [{"path": str(path), "sha256": sha256([path])} for path in args.dataset],
+        "adapter_sha256": {path.name: sha256(path) for path in weights} if args.adapter else None,
+        "datasets": [{"path": str(path), "sha256": sha256(path)} for path in args.dataset],
         **{name: getattr(args, name) for name in ("base", "scorer", "chat_template", "batch_size", "max_new_tokens")},
         **{name: getattr(args, name) for name in ("limit", "seed", "dtype")},
     }
+
+
+def base_files(model_name: str) -> dict[str, list[int]] | None:
+    """Size and time, in nanoseconds, of the files of a base model in a folder of one's own; None for other names."""
+    folder = Path(model_name)
+    if not folder.is_dir():
+        return None
+    found = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in found}
 
 
 def base_name(adapter: Path | None, given: str | None) -> str:
@@ -169,23 +179,13 @@ def check_questions(
     chat_template: bool,
     place: Callable[[int], str] = by_index,
 ) -> None:
-    """ValueError, before the model is loaded, for rows that cannot be scored or asked with its chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(model_name), trust_remote_code=False)
+    """ValueError, before the model is loaded, for rows that it cannot score or be asked with its chat template."""
+    name = resolve_model_name(model_name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if chat_template and not tokenizer.chat_template:
         raise ValueError(f"--chat_template needs a tokenizer that has one, that of {model_name} has none")
-    check_rows(tokenizer, rows, scorer, chat_template=chat_template, place=place)
-
-
-def sha256(paths: list[Path]) -> str:
-    """One checksum of several files."""
-    whole = hashlib.sha256()
-    for path in paths:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        whole.update(digest.digest())
-    return whole.hexdigest()
+    positions = position_limit_of(name)
+    check_rows(tokenizer, rows, scorer, chat_template=chat_template, positions=positions, place=place)
 
 
 class Questions:

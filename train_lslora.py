@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Check, train and report; the exit status."""
     from lslora.data import DataError, are_conversations, load_examples, load_rows
+    from lslora.files import sha256
 
     try:
         examples = load_examples(args.dataset_path, chat_template=args.chat_template)
@@ -155,6 +156,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.chat_template = are_conversations(examples)  # the evaluation's rows are asked as the model was trained
+    # Two more of what a run is made of, kept with its settings.
+    args.dataset_sha256 = sha256(args.dataset_path)
+    args.rows_a_step = args.batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     missing = missing_for(args)
     if missing:
         print("error: this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing), file=sys.stderr)
@@ -276,11 +280,16 @@ def usable_examples(args: argparse.Namespace, examples: list[Example], eval_rows
 
     from lslora.embedded import resolve_model_name
     from lslora.evaluation import check_rows
-    from lslora.lengths import fit_examples
+    from lslora.lengths import fit_examples, position_limit_of
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model_name(args.model_name), trust_remote_code=False)
+    name = resolve_model_name(args.model_name)
+    positions = position_limit_of(name)
+    if positions is not None and args.max_length > positions:
+        raise ValueError(f"max_length must be at most the model's {positions} tokens, got {args.max_length}")
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    asked = {"chat_template": args.chat_template, "positions": positions}
     try:
-        check_rows(tokenizer, eval_rows, chat_template=args.chat_template, place=lambda index: f"row {index + 1}")
+        check_rows(tokenizer, eval_rows, **asked, place=lambda index: f"row {index + 1}")
     except ValueError as error:
         raise ValueError(f"{args.eval_dataset_path}: {error}") from error
     fit = fit_examples(tokenizer, examples, args.max_length, loss_on_prompt=args.loss_on_prompt)
@@ -303,7 +312,8 @@ def make_trainer(args: argparse.Namespace, examples: list[Example]) -> Any:
     from lslora.training import SplineTrainerMixin
 
     class SplineSFTTrainer(SplineTrainerMixin, WholeCheckpointsMixin, LengthGroupedOrderMixin, SFTTrainer):
-        pass
+        def create_model_card(self, *_: Any, **__: Any) -> None:  # with every checkpoint
+            write_card(self, args, None)
 
     if "wandb" in args.report_to:
         wandb_offline_without_key()

@@ -33,7 +33,7 @@ from transformers import (
 
 from lslora.answers import option_completion, options_of
 from lslora.data import to_messages, to_prompt_completion
-from lslora.evaluation import WINDOW, evaluate, generate_answers, in_row_order, predict, with_scorers
+from lslora.evaluation import WINDOW, check_rows, evaluate, generate_answers, in_row_order, predict, with_scorers
 from lslora.likelihood import score_options
 from lslora.partial_results import PartialResults
 from lslora.prompts import prompt_ids, turn_end
@@ -323,6 +323,29 @@ def test_generation_ignores_the_models_own_settings(tokenizer):
     stored = model.generation_config
     stored.do_sample, stored.temperature, stored.repetition_penalty, stored.no_repeat_ngram_size = True, 9.0, 5.0, 1
     assert generate_answers(model, tokenizer, MIXED, max_new_tokens=6) == expected
+
+
+def test_generation_ends_where_the_models_positions_do(tokenizer):
+    longest = max(len(prompt_ids(tokenizer, row)) for row in MIXED[:2])
+    config = GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=400, n_positions=longest + 3)
+    model = GPT2LMHeadModel(config).eval()
+    model.generation_config.eos_token_id = None
+    found = generate_answers(model, tokenizer, MIXED[:2], max_new_tokens=99)
+    assert found == [plain_greedy(model, tokenizer, row, 3) for row in MIXED[:2]]
+    model.config.n_positions = longest
+    model.transformer.wpe = torch.nn.Embedding(longest, 32)
+    with pytest.raises(ValueError, match=f"must have fewer than the model's {longest} tokens, got {longest}"):
+        generate_answers(model, tokenizer, MIXED[:2], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("row", [MIXED[0], number_row(0)], ids=["likelihood", "generate"])
+def test_rows_that_a_model_has_no_positions_for_are_told(tokenizer, row):
+    whole = len(prompt_ids(tokenizer, row)) + 1
+    if options_of(row):
+        whole = max(len(prompt_ids(tokenizer, row, option_completion(row, option))) for option in options_of(row))
+    check_rows(tokenizer, [row], positions=whole)
+    with pytest.raises(ValueError, match=f"row with index 0: .* at most the model's {whole - 1} tokens, got {whole}"):
+        check_rows(tokenizer, [row], positions=whole - 1)
 
 
 def test_generation_ends_with_the_models_or_the_tokenizers_end_token(tokenizer):
@@ -696,6 +719,7 @@ def test_script_computes_nothing_anew_when_all_is_there(script, arguments, inter
         ({"--batch_size": 4}, "batch_size was 3 and is 4"),
         ({"--limit": 4}, "limit was None and is 4"),
         ("adapter", "adapter_sha256 was"),
+        ("base", "base_files was {'config.json'"),
         ("rows", "datasets was"),
     ],
 )
@@ -705,6 +729,8 @@ def test_script_does_not_mix_settings(script, arguments, interrupted, capsys, ch
     if change == "adapter":
         weights = arguments["--adapter"] / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    elif change == "base":  # trained again, say
+        make_model(dtype=torch.float32).save_pretrained(arguments["--adapter"].parent / "base")
     elif change == "rows":
         arguments["--dataset"].write_text(json.dumps(ALL_ROWS[0]), encoding="utf-8")
     else:

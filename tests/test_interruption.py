@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lslora import report
 from lslora.checkpoints import last_whole_checkpoint
+from lslora.files import sha256
 from lslora.interruption import ONE_WISH, SIGNALS, StopOnSignal
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +79,7 @@ def test_a_signal_saves_and_stops_and_resume_ends_with_the_same_weights(tiny, tm
     assert f"stopped by {number.name} after step 3, with a checkpoint in" in capsys.readouterr().err
     assert last_whole_checkpoint(tmp_path / "cut") == (tmp_path / "cut" / "checkpoint-3", [])
     assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
+    assert f"# LS-LoRA adapter for {tiny / 'model'}\n" in (tmp_path / "cut" / "README.md").read_text()
     assert train_lslora.main(arguments(tiny, tmp_path / "cut", "--resume")) == 0
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
@@ -149,6 +151,21 @@ def test_resume_wants_the_settings_of_its_run(tiny, tmp_path, capsys):
     assert train_lslora.main(arguments(tiny, tmp_path, "--resume", "--learning_rate", 1e-3, "--r", 4)) == 2
     told = capsys.readouterr().err
     assert "learning_rate was 0.01 and is 0.001" in told and "r was 2 and is 4" in told and "max_steps" not in told
+
+
+def test_resume_wants_the_rows_of_its_run_and_as_many_a_step(tiny, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes((tiny / "train.jsonl").read_bytes())
+    mine = ("--dataset_path", rows, "--batch_size", 4)
+    assert train_lslora.main(arguments(tiny, tmp_path / "out", *mine, "--max_steps", 2)) == 0
+    spread = (*mine, "--batch_size", 2, "--gradient_accumulation_steps", 2, "--max_steps", 3)
+    assert train_lslora.main(arguments(tiny, tmp_path / "out", *spread, "--resume")) == 0
+    fewer = (*mine, "--batch_size", 2)
+    assert train_lslora.main(arguments(tiny, tmp_path / "out", *fewer, "--resume")) == 2
+    assert "rows_a_step was 4 and is 2" in capsys.readouterr().err
+    rows.write_bytes(b"\n".join(rows.read_bytes().splitlines()[::-1]))
+    assert train_lslora.main(arguments(tiny, tmp_path / "out", *mine, "--resume")) == 2
+    assert f"dataset_sha256 was '{sha256(tiny / 'train.jsonl')}' and is '{sha256(rows)}'" in capsys.readouterr().err
 
 
 def test_a_new_run_never_resumes_an_older_one_s_checkpoints(tiny, tmp_path, capsys):

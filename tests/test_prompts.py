@@ -4,13 +4,14 @@ import copy
 import json
 
 import pytest
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from lslora.data import load_examples, load_rows
-from lslora.lengths import fit_examples
+from lslora.lengths import fit_examples, position_limit, position_limit_of
 from lslora.prompts import example_ids, prompt_ids
 
 WORDS = [
@@ -144,3 +145,38 @@ def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
     bad = {"prompt": [{"role": "system", "content": "a"}], "completion": TALK[1:2]}
     with pytest.raises(ValueError, match="example 2: the tokenizer's chat template refuses the messages: user first"):
         fit_examples(strict, [good, bad], 5)
+
+
+OF_ALL = {"vocab_size": 40, "max_position_embeddings": 12}
+GPT = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 12}
+BERT = OF_ALL | {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+LIMITED = {
+    "gpt2": GPT,
+    "gptj": GPT | {"rotary_dim": 4},
+    "gpt_neo": OF_ALL | {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
+    "opt": BERT | {"ffn_dim": 16, "word_embed_proj_dim": 16},
+    "bert": BERT | {"is_decoder": True},
+}
+UNLIMITED = {
+    "llama": BERT,
+    "bloom": {"n_layer": 1, "n_head": 2, "hidden_size": 16, "vocab_size": 40},
+    "mamba": {"num_hidden_layers": 1, "hidden_size": 16, "vocab_size": 40},
+    "xglm": OF_ALL | {"d_model": 16, "num_layers": 1, "attention_heads": 2, "ffn_dim": 16},  # makes its table longer
+    # with as many words and widths as positions
+    "qwen2": BERT | {"vocab_size": 12, "hidden_size": 12, "intermediate_size": 12, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("kind", [*LIMITED, *UNLIMITED])
+def test_the_limit_is_where_a_model_ends(kind, tmp_path):
+    config = AutoConfig.for_model(kind, **(LIMITED | UNLIMITED)[kind])
+    config.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert position_limit(model) == position_limit_of(str(tmp_path)) == (12 if kind in LIMITED else None)
+    tokens = torch.ones(1, 13, dtype=torch.int64)
+    model(tokens[:, :12])
+    if kind in LIMITED:
+        with pytest.raises((IndexError, RuntimeError), match="out of range|out of bounds|must match"):
+            model(tokens)
+    else:
+        model(tokens)

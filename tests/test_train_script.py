@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from lslora import LSLoraConfig
 from lslora.training import RECOMMENDED_SPLINE_LR
@@ -368,6 +368,21 @@ def test_what_cannot_be_learned_or_scored_is_told_before_training(tiny, tmp_path
     said = capsys.readouterr().err
     assert said.startswith("error: ") and message in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_a_table_of_positions_is_not_trained_beyond_it(tiny, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=len(tokenizer), n_positions=40)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    rows = written(tmp_path / "eval.jsonl", [ROWS[0], ROWS[0] | {"instruction": "is rose red? " * 30}])
+    more = ["--model_name", tmp_path / "gpt2", "--target_modules", "c_attn", "--eval_dataset_path", rows]
+    assert run(tiny, tmp_path / "out", *more) == 2
+    assert "error: max_length must be at most the model's 40 tokens, got 512" in capsys.readouterr().err
+    assert run(tiny, tmp_path / "out", *more, "--max_length", 40) == 2
+    assert "eval.jsonl: row 2: with its answer it must have at most the model's 40 tokens" in capsys.readouterr().err
+    written(rows, ROWS[:1])
+    assert run(tiny, tmp_path / "out", *more, "--max_length", 40) == 0
 
 
 def test_recipes_that_cannot_run_stop_at_once():

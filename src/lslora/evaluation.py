@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .answers import choose_scorer, grade
 from .data import Row, to_prompt_completion
+from .lengths import position_limit
 from .likelihood import Model, eval_mode, score_options, tokenize_options
 from .prompts import pad_id, pad_left, prompt_ids, turn_end
 from .scoring import Prediction
@@ -149,6 +150,7 @@ def check_rows(
     scorer: str = "auto",
     *,
     chat_template: bool = False,
+    positions: int | None = None,
     place: Callable[[int], str] = by_index,
 ) -> None:
     """Make sure, before a model is loaded or trained, that every row can be scored.
@@ -158,18 +160,25 @@ def check_rows(
         rows: Rows as `load_rows` returns them.
         scorer: See `choose_scorer`.
         chat_template: As for `score_options`.
+        positions: How many tokens the model takes at all (`lslora.lengths.position_limit`); None for any number.
         place: As for `with_scorers`.
 
     Raises:
-        ValueError: a row cannot be scored so, or its options cannot be told apart by their tokens; the message gives
-            its place.
+        ValueError: a row cannot be scored so, its options cannot be told apart by their tokens, or it has more tokens
+            than the model takes; the message gives its place.
     """
     for index, (row, kind) in enumerate(with_scorers(rows, scorer, place)):
-        if kind == "likelihood":
-            try:
-                tokenize_options(tokenizer, row, chat_template)
-            except ValueError as error:
-                raise ValueError(f"{place(index)}: {error}") from error
+        try:
+            length = 0
+            if kind == "likelihood":
+                choice = tokenize_options(tokenizer, row, chat_template)
+                length = len(choice.shared) + max(map(len, choice.tails))
+            elif positions is not None:
+                length = len(prompt_ids(tokenizer, row, chat_template=chat_template)) + 1
+            if positions is not None and length > positions:
+                raise ValueError(f"with its answer it must have at most the model's {positions} tokens, got {length}")
+        except ValueError as error:
+            raise ValueError(f"{place(index)}: {error}") from error
 
 
 @torch.inference_mode()
@@ -191,7 +200,7 @@ def generate_answers(
         model: Causal language model, with or without adapters.
         tokenizer: Its tokenizer.
         rows: Rows as `load_rows` returns them.
-        max_new_tokens: Limit, in tokens.
+        max_new_tokens: Limit, in tokens; less where the longest prompt leaves fewer of the model's positions.
         chat_template: As for `score_options`.
 
     Returns:
@@ -199,6 +208,11 @@ def generate_answers(
     """
     prompts = [prompt_ids(tokenizer, row, chat_template=chat_template) for row in rows]
     end_ids = _end_ids(model, tokenizer, chat_template)
+    longest = max(map(len, prompts))
+    if positions := position_limit(model):
+        if longest >= positions:
+            raise ValueError(f"a prompt must have fewer than the model's {positions} tokens, got {longest}")
+        max_new_tokens = min(max_new_tokens, positions - longest)
     with eval_mode(model):
         input_ids, mask = pad_left(prompts, tokenizer, model.device)
         greedy = GenerationConfig(

@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all: written beside their place first, then renamed into it."""
+"""Files that are there whole or not at all, written beside their place first and then renamed into it; checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -75,6 +76,12 @@ def publish(stage: Path, folder: Path) -> None:
     for path in sorted((path for path in stage.rglob("*")), reverse=True):
         path.rmdir()
     stage.rmdir()
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,16 +1,43 @@
-"""Which examples are cut, or teach nothing, when a trainer keeps the first `max_length` tokens of each."""
+"""How many tokens a model takes; which examples are cut, or teach nothing, when a trainer keeps the first of each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from .data import Example
 from .prompts import chat_ids, common_prefix, example_ids
 
 MAX_SHOWN_EXAMPLES = 10
+
+
+def position_limit(model: Any) -> int | None:
+    """How many tokens a causal language model takes at all.
+
+    Args:
+        model: A model of transformers, with or without adapters, also one on the meta device.
+
+    Returns:
+        The length of the table that it looks positions up in (GPT-2, OPT, GPT-J, ...), beyond which it ends in an
+        IndexError; None where positions are computed and nothing ends (rotary ones, ALiBi, state spaces).
+    """
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    tables += [len(table) for name, table in model.named_buffers() if name.endswith("embed_positions")]
+    # OPT's and BART's have two entries before the first.
+    return positions if positions and any(length in (positions, positions + 2) for length in tables) else None
+
+
+def position_limit_of(name: str) -> int | None:
+    """`position_limit` of the model in a folder or with this hub id, of which only the configuration is read."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    with torch.device("meta"):
+        return position_limit(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
 
 
 class Fit(NamedTuple):

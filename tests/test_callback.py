@@ -38,8 +38,9 @@ def make_trainer(folder, *, trainer=Trainer, steps=5, callback=None, model=None,
         disable_tqdm=True, **{"report_to": "none", **settings},
     )  # fmt: skip
     return trainer(
-        model or make_model(), args, train_dataset=ROWS, callbacks=[callback or SplineCallback(picture_steps=2)]
-    )
+        model or make_model(), args, train_dataset=ROWS, eval_dataset=ROWS,
+        callbacks=[callback or SplineCallback(picture_steps=2)],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("trainer", [Trainer, SplineTrainer])
@@ -151,6 +152,20 @@ def test_a_training_that_an_evaluation_stops_has_its_records_too(tmp_path):
     assert trainer.state.global_step == 2
     now = [record["deviation"] for record in trained_records(trainer.model)]
     assert [record["deviation"] for record in load_records(tmp_path / DIAGNOSTICS)] == pytest.approx(now)
+
+
+def test_records_are_of_the_best_model_where_that_is_loaded_at_the_end(tmp_path):
+    made = make_trainer(
+        tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="spline/deviation", greater_is_better=False,
+    )  # fmt: skip
+    made.compute_metrics = lambda _: {"spline/deviation": spline_metrics(made.model)["spline/deviation"]}
+    made.train()
+    best = int(made.state.best_model_checkpoint.rpartition("-")[2])
+    course = {entry["step"]: entry["layers"] for entry in load_course(tmp_path)}
+    found = {r["layer"]: [r["deviation"], r["slope_variance"]] for r in load_records(tmp_path / DIAGNOSTICS)}
+    assert best < 5 and all(found[name] == pytest.approx(state, rel=1e-5) for name, state in course[best].items())
+    assert not any(found[name] == pytest.approx(state, rel=1e-5) for name, state in course[5].items())
 
 
 def test_models_without_splines_are_refused(tmp_path):

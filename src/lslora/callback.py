@@ -47,12 +47,11 @@ class SplineCallback(TrainerCallback):
             raise ValueError(f"picture_steps must be at least 1, got {picture_steps}")
         self.picture_steps = picture_steps
         self._trackers: list[Tracker] = []
-        self._warned = self._finished = False
+        self._warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._finished = False
         if not trained_records(model):
             raise ValueError("SplineCallback needs a model that trains LS-LoRA splines, found none")
         if state.is_world_process_zero:
@@ -92,8 +91,6 @@ class SplineCallback(TrainerCallback):
         if state.global_step % self.picture_steps and not control.should_training_stop:
             return
         records = trained_records(model)
-        if control.should_training_stop:
-            self._finish(args, state, records)
         # Not on_train_end: the trackers' own callbacks, which come first, close their runs there.
         if state.is_world_process_zero and self._trackers:
             pictures = {f"spline/{name}": plot(records) for name, plot in PICTURES.items()}
@@ -103,18 +100,14 @@ class SplineCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if not self._finished:  # stopped by an evaluation, after the step
-            self._finish(args, state, trained_records(model))
-        for tracker in self._trackers:
-            tracker.close()
-        self._trackers = []
-
-    def _finish(self, args: TrainingArguments, state: TrainerState, records: list[Record]) -> None:
-        self._finished = True
+        records = trained_records(model)  # with `load_best_model_at_end` no longer the last step's
         if state.is_world_process_zero:
             save_records(records, _folder(args) / DIAGNOSTICS)
             if warning := unmoved_knots(records):
                 logger.warning("%s", warning)
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = []
 
 
 def load_course(folder: str | Path) -> list[dict[str, Any]]:

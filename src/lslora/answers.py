@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 
 SCORERS = ("auto", "likelihood", "generate")
-NUMBER_TOLERANCE = 1e-3  # as in evaluate.py of LLM-Adapters
+NUMBER_TOLERANCE = Decimal("0.001")  # as in evaluate.py of LLM-Adapters
 
 _ANSWER_FORMAT = re.compile(r"answer format:[ \t]*([^\s/]+(?:/[^\s/]+)+)\s*\Z", re.IGNORECASE)
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])[-\u2212])?"  # a minus, unless it subtracts
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
+_AROUND = r"[\s.,:;!?*\"'`()\[\]]*"  # what may stand around an answer that is all a text says
 _STATED = re.compile(r"answer is(\W{0,5})((?:\w+(?:[/:-]\w+)*)?)", re.IGNORECASE)
 
 
@@ -155,15 +157,15 @@ def extract_number(text: str) -> str | None:
         The number without thousands commas ("22,902." gives "22902"), or None where the text holds none.
     """
     numbers = _NUMBER.findall(_before_next_question(text))
-    return numbers[-1].replace(",", "").replace("\u2212", "-") if numbers else None
+    return _plain(numbers[-1]) if numbers else None
 
 
 def grade(row: Mapping[str, str], text: str) -> tuple[str | None, bool]:
     """Read the answer from a generated text and compare it with the row's.
 
     Rows with options: see `extract_answer`. Rows whose answer is a number: the last number in the text, right when it
-    differs by at most 0.001. Others: what follows the last "answer is", right when it begins with the answer, whatever
-    its case.
+    differs by at most 0.001. Others: what follows the last "answer is", right when it begins with the answer; where
+    there is none the whole text, right when it is the answer but for punctuation around it. Case is ignored.
 
     Args:
         row: A row with `instruction` and `answer`.
@@ -179,13 +181,13 @@ def grade(row: Mapping[str, str], text: str) -> tuple[str | None, bool]:
         return prediction, prediction == answer
     if _NUMBER.fullmatch(answer):
         prediction = extract_number(text)
-        right = prediction is not None and abs(float(prediction) - _as_number(answer)) <= NUMBER_TOLERANCE
+        right = prediction is not None and abs(Decimal(prediction) - Decimal(_plain(answer))) <= NUMBER_TOLERANCE
         return prediction, right
     text = _before_next_question(text)
-    stated = list(_STATED.finditer(text))
+    stated, whole = list(_STATED.finditer(text)), " ".join(answer.split())
     if not stated:
-        return None, False
-    whole = " ".join(answer.split())
+        all_of_it = re.fullmatch(rf"{_AROUND}({re.escape(whole)}){_AROUND}", text, re.IGNORECASE)
+        return (all_of_it[1], True) if all_of_it and whole else (text.strip() or None, False)
     found = re.compile(rf"\W{{0,5}}?({re.escape(whole)})(?!\w)", re.IGNORECASE).match(text, stated[-1].start(1))
     return (found[1], True) if found and whole else (stated[-1][2] or None, False)
 
@@ -225,5 +227,6 @@ def _before_next_question(text: str) -> str:
     return " ".join(text.split()).split("### Instruction", 1)[0]
 
 
-def _as_number(text: str) -> float:
-    return float(text.replace(",", "").replace("\u2212", "-"))
+def _plain(number: str) -> str:
+    """A number without thousands commas and with a hyphen for a minus."""
+    return number.replace(",", "").replace("\u2212", "-")

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -167,7 +168,7 @@ def check_base(model_name: str) -> None:
     """Raise ValueError if there is no such base model, or none that transformers itself can make."""
     try:
         AutoConfig.from_pretrained(resolve_model_name(model_name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # the embedded model cannot be fetched, say
         raise ValueError(f"the base model {model_name}: {str(error).splitlines()[0]}") from error
 
 
@@ -270,10 +271,13 @@ def load_model(model_name: str, adapter: Path | None, dtype: str) -> tuple[Any, 
     """The base model, on the GPU if there is one, with the adapter if one is given; and the base's tokenizer.
 
     Raises:
-        ValueError: the adapter is not one of this base model.
+        ValueError: the base model's file was cut short, or the adapter is not one of this base model.
     """
     name = resolve_model_name(model_name)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
+    except SafetensorError as error:
+        raise ValueError(f"the base model {model_name} cannot be read: {error}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if adapter:
         try:

@@ -444,6 +444,7 @@ def save(trainer: Any, folder: Path) -> None:
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     from lslora.embedded import resolve_model_name
@@ -458,9 +459,12 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
             bnb_4bit_compute_dtype=dtype,
         )
     name = resolve_model_name(args.model_name)
-    model = AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, quantization_config=quantization, trust_remote_code=False
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, quantization_config=quantization, trust_remote_code=False
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the model {args.model_name} cannot be read: {error}") from error
     return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 

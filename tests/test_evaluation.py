@@ -804,6 +804,21 @@ def test_script_says_which_adapter_does_not_fit_which_base(script, arguments, to
     assert not partial(arguments).exists()
 
 
+def test_script_tells_of_a_base_that_cannot_be_read_or_fetched(script, arguments, tmp_path, capsys, monkeypatch):
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert script.main(command(arguments)) == 2
+    assert f"the base model {tmp_path / 'base'} cannot be read: " in capsys.readouterr().err
+
+    def unreachable(name):
+        raise RuntimeError("the embedded model cannot be fetched")
+
+    monkeypatch.setattr(script, "resolve_model_name", unreachable)
+    assert script.main(command(arguments)) == 2
+    assert f"the base model {tmp_path / 'base'}: the embedded model cannot be fetched\n" in capsys.readouterr().err
+    assert not partial(arguments).exists()
+
+
 def test_script_leaves_a_strange_partial_file_alone(script, arguments, capsys):
     partial(arguments).parent.mkdir()
     partial(arguments).write_text("my notes\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lslora.data import load_examples, load_rows
 from lslora.lengths import fit_examples, position_limit, position_limit_of
-from lslora.prompts import example_ids, prompt_ids
+from lslora.prompts import example_ids, prompt_ids, turn_end
 
 WORDS = [
     "###",
@@ -145,6 +145,18 @@ def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
     bad = {"prompt": [{"role": "system", "content": "a"}], "completion": TALK[1:2]}
     with pytest.raises(ValueError, match="example 2: the tokenizer's chat template refuses the messages: user first"):
         fit_examples(strict, [good, bad], 5)
+    strict.chat_template = "{{ raise_exception('not today') }}"
+    for ask in (lambda: prompt_ids(strict, ROWS[0], chat_template=True), lambda: turn_end(strict)):
+        with pytest.raises(ValueError, match="the tokenizer's chat template refuses the messages: not today"):
+            ask()
+
+
+def test_a_tokenizer_must_have_what_ends_a_row(tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    fit_examples(endless, [{"prompt": TALK[:1], "completion": TALK[1:2]}], 99)  # its template ends a conversation
+    with pytest.raises(ValueError, match="example 1: the tokenizer must have an end-of-sequence token"):
+        fit_examples(endless, [{"prompt": "is red", "completion": "true"}], 99)
 
 
 OF_ALL = {"vocab_size": 40, "max_position_embeddings": 12}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -286,6 +287,15 @@ def test_what_cannot_run_says_so_before_anything_is_written(tiny, tmp_path, caps
         pytest.skip("paged optimizers run here")
     assert run(tiny, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_model_that_was_cut_short_is_told(tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert run(tiny, tmp_path / "out", "--model_name", tmp_path / "model") == 2
+    assert f"error: the model {tmp_path / 'model'} cannot be read: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

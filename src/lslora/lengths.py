@@ -79,15 +79,16 @@ def fit_examples(
         The examples that are left, unchanged, and what there is to tell.
 
     Raises:
-        ValueError: no example is left, or the tokenizer's chat template refuses a conversation.
+        ValueError: no example is left, the tokenizer has no end-of-sequence token for an example that is no
+            conversation, or its chat template refuses one that is.
     """
     kept, longer, dropped = [], 0, []
     for number, example in enumerate(examples, start=1):
         try:
             ids, start = _learned(tokenizer, example)
+            length = len(ids) + _ends_with_a_token(tokenizer, example)
         except ValueError as error:
             raise ValueError(f"example {number}: {error}") from error
-        length = len(ids) + _ends_with_a_token(tokenizer, example)
         longer += length > max_length
         # Nothing predicts the first token, so it is never learned.
         if max(1, 0 if loss_on_prompt else start) < min(length, max_length):
@@ -114,4 +115,8 @@ def _learned(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list
 def _ends_with_a_token(tokenizer: PreTrainedTokenizerBase, example: Example) -> bool:
     """Whether the trainer puts an end-of-sequence token behind the example: a chat template does so itself."""
     end = example["text"] if "text" in example else example["completion"]
-    return isinstance(end, str) and not end.endswith(tokenizer.eos_token)
+    if not isinstance(end, str):
+        return False
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer must have an end-of-sequence token, which the trainer puts behind it")
+    return not end.endswith(tokenizer.eos_token)

@@ -27,12 +27,12 @@ def prompt_ids(
         The ids with the special tokens that come first and without an end-of-sequence token.
 
     Raises:
-        ValueError: `chat_template` is set and the tokenizer has none.
+        ValueError: `chat_template` is set and the tokenizer has none, or one that refuses the row.
     """
     if chat_template:
         if not tokenizer.chat_template:
             raise ValueError("the tokenizer must have a chat template to be asked with one, this one has none")
-        prompt = tokenizer.apply_chat_template(to_messages(row)["prompt"], tokenize=False, add_generation_prompt=True)
+        prompt = _chat(tokenizer, to_messages(row)["prompt"], tokenize=False, add_generation_prompt=True)
         return list(tokenizer(f"{prompt}{completion}", add_special_tokens=False)["input_ids"])
     ids = list(tokenizer(to_prompt_completion(row)["prompt"] + completion)["input_ids"])
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
@@ -52,12 +52,7 @@ def chat_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool = False
 ) -> list[int]:
     """Token ids of messages by the tokenizer's chat template; ValueError where it refuses them, as for their roles."""
-    try:
-        chat: Any = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
-        )
-    except TemplateError as error:
-        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+    chat = _chat(tokenizer, messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt)
     return list(chat["input_ids"])
 
 
@@ -68,10 +63,17 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """
     answer = "∎"
     messages = to_messages({"instruction": "?", "output": answer})
-    chat = str(tokenizer.apply_chat_template([*messages["prompt"], *messages["completion"]], tokenize=False))
+    chat = str(_chat(tokenizer, [*messages["prompt"], *messages["completion"]], tokenize=False))
     behind = tokenizer(chat.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
     own = tokenizer.added_tokens_decoder  # made anew whenever it is asked for
     return next((token for token in behind if token in own), None)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **settings: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, **settings)
+    except TemplateError as error:
+        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> list[int]:

@@ -316,7 +316,7 @@ def make_trainer(args: argparse.Namespace, examples: list[Example]) -> Any:
             write_card(self, args, None)
 
     if "wandb" in args.report_to:
-        wandb_offline_without_key()
+        prepare_wandb(quiet=args.quiet)
     if bars_hidden(args.quiet):
         hide_library_bars()
     if args.quiet:
@@ -530,13 +530,17 @@ def trainer_config(args: argparse.Namespace) -> Any:
     )
 
 
-def wandb_offline_without_key() -> None:
-    """Let wandb write its run to disk where nobody is logged in, instead of asking for a key."""
+def prepare_wandb(*, quiet: bool) -> None:
+    """Let wandb write its run to disk where nobody is logged in, instead of asking for a key; silently if quiet."""
     import wandb
 
-    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
-        os.environ["WANDB_MODE"] = "offline"
-        wandb.teardown()  # it has read its settings by now, and reads them again after this
+    if quiet:
+        os.environ.setdefault("WANDB_SILENT", "true")
+    if "WANDB_MODE" in os.environ or wandb.login(prompt=False):
+        return
+    os.environ["WANDB_MODE"] = "offline"
+    wandb.teardown()  # it has read its settings by now, and reads them again after this
+    if not quiet:
         print("wandb: no API key, so the run is written offline; send it later with: wandb sync wandb/offline-run-*")
 
 

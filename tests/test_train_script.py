@@ -82,16 +82,21 @@ def test_a_run_leaves_everything_it_promises(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize("quiet", [True, False])
 def test_a_log_file_holds_no_progress_bars(tiny, tmp_path, quiet):
-    """And nothing at all after `--quiet`, but for the warnings of libraries."""
+    """And nothing at all after `--quiet`, wandb's words included, but for the warnings of libraries."""
     command = [sys.executable, ROOT / "train_lslora.py", "--model_name", tiny / "model", "--max_steps", 2, "--r", 2]
     command += ["--dataset_path", tiny / "train.jsonl", "--output_dir", tmp_path, "--logging_steps", 1]
-    command += ["--eval_dataset_path", tiny / "train.jsonl", *["--quiet"] * quiet]
-    environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}  # whose value is printed
-    done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, check=True)
+    command += ["--eval_dataset_path", tiny / "train.jsonl", "--report_to", "wandb", *["--quiet"] * quiet]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {"NETRC": str(tmp_path / "no-netrc"), "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [str(c) for c in command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
     assert "it/s" not in done.stderr and "%|" not in done.stderr and "\r" not in done.stderr
     said = [line for line in done.stdout.splitlines() if "[WARNING]" not in line]
     assert (not said) == quiet
     assert quiet or "'loss'" in done.stdout
+    assert ("wandb:" in done.stdout + done.stderr) != quiet
+    assert any((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_resume_goes_on_where_a_run_stopped(tiny, tmp_path):

@@ -11,10 +11,12 @@ import argparse
 import importlib.util
 import json
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+ROW = ("index", "task", "answer")  # what two predictions of the same row share
 FIELDS: dict[str, tuple[type, ...]] = {
     "index": (int,),
     "task": (str,),
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             title, comparison = "Second file minus first", scoring.compare(*(own for own, *_ in sides))
         else:
             title, comparison = "", None
-        check_counts(columns)
+        check_rows(columns)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -52,11 +54,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def check_counts(columns: dict[str, list[dict[str, Any]]]) -> None:
-    """ValueError for files of different numbers of rows: their accuracies would stand beside the first one's."""
-    counts = {path: len(items) for path, items in columns.items()}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"files must be of the same rows, got {counts}")
+def check_rows(columns: dict[str, list[dict[str, Any]]]) -> None:
+    """ValueError for columns of other rows than the first one's, beside which their accuracies would stand."""
+    (first, expected), *others = columns.items()
+    for path, items in others:
+        for number, pair in enumerate(zip_longest(expected, items), start=1):
+            one, other = (item and tuple(item[field] for field in ROW) for item in pair)
+            if one != other:
+                raise ValueError(
+                    f"files must be of the same rows, but item {number} is {one} in {first} and {other} in {path}"
+                )
 
 
 def load_scoring() -> ModuleType:

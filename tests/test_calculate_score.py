@@ -99,6 +99,17 @@ def test_three_files_of_different_numbers_of_rows_are_refused(write):
     assert "files must be of the same rows" in result.stderr and result.stdout == ""
 
 
+def test_three_files_of_as_many_other_rows_are_refused(write):
+    others = predictions("111")
+    others[1] = others[1] | {"answer": "another"}
+    paths = [write(f"{i}.json", {"predictions": predictions("111")}) for i in range(2)]
+    paths.append(write("other.json", {"predictions": others}))
+    result = run(*paths)
+    assert result.returncode == 2 and result.stdout == ""
+    assert "but item 2 is (1, " in result.stderr and f"in {paths[0]} and (1, " in result.stderr
+    assert f"'another') in {paths[2]}" in result.stderr
+
+
 def test_two_files_with_different_items_are_refused(write):
     result = run(
         write("a.json", {"predictions": predictions("1110")}), write("b.json", {"predictions": predictions("11101")})

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -33,18 +34,23 @@ METRICS = {  # name → part of a record, its field, unit
     "retained nll": ("retained", "nll", NLL),
     "retained accuracy": ("retained", "accuracy", ACCURACY),
 }
+DRAWS = 10_000
 SMOOTHING = 8
 LIVE = 0.8  # a layer is live if this share of its intervals holds 1 % of the elements of z
 
 
 class Difference(NamedTuple):
-    """A method minus the baseline over the seeds both have: mean, 95 % interval, p (two-sided paired t-test)."""
+    """A method minus the baseline over the seeds both have: mean, 95 % interval, p (two-sided paired t-test).
+
+    These are of other seeds on the same rows; `of_all` is a 95 % interval of other seeds on other rows.
+    """
 
     seeds: int
     mean: float
     low: float
     high: float
     p: float
+    of_all: tuple[float, float]
 
 
 def report(records: list[Record], baseline: str = "lora", rows: str = ODD) -> None:
@@ -136,7 +142,26 @@ def difference(cell: Cell, baseline: Cell, metric: str, rows: str = ODD) -> Diff
     a, b = ([score(side[seed], metric, rows) for seed in seeds] for side in (ours, theirs))
     test = ttest_rel(a, b)
     low, high = test.confidence_interval(0.95)
-    return Difference(len(seeds), fmean(a) - fmean(b), low, high, test.pvalue)
+    of_all = interval_of_all([ours[seed] for seed in seeds], [theirs[seed] for seed in seeds], metric, rows)
+    return Difference(len(seeds), fmean(a) - fmean(b), low, high, test.pvalue, of_all)
+
+
+def interval_of_all(ours: list[Record], theirs: list[Record], metric: str, rows: str) -> tuple[float, float]:
+    """A bootstrap interval, 95 %, of the mean difference where seeds and rows both are drawn anew (crossed)."""
+    if any(record["diverged"] for record in (*ours, *theirs)):
+        return math.nan, math.nan
+    part, name, _ = METRICS[metric]
+    field, factor = ("row_correct", 100) if name == "accuracy" else ("row_nll", 1)
+    sides = [np.array([record[part][field][ROWS[rows]] for record in side], dtype=float) for side in (ours, theirs)]
+    differences = factor * (sides[0] - sides[1])
+    seeds, count = differences.shape
+    weights = np.array(ours[0][part]["row_tokens"][ROWS[rows]]) if name == "nll" else np.ones(count)
+    rng = np.random.default_rng(0)
+    drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds
+    drawn_rows = rng.multinomial(count, np.full(count, 1 / count), DRAWS)
+    means = (drawn_seeds @ differences * drawn_rows).sum(axis=1) / (drawn_rows @ weights)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def add_column(table: Table, heading: str) -> None:
@@ -165,7 +190,8 @@ def rate_table(cells: dict[tuple[int, str], Cell], metric: str) -> Table:
 def difference_table(cells: dict[tuple[int, str], Cell], metric: str, baseline: str, rows: str) -> Table:
     """Every method at its best learning rate, and its paired difference from the baseline at its own."""
     table = Table(title=f"{metric} on the {rows} rows, each method at its best learning rate")
-    for heading in ("r", "method", "lr", "seeds", "parameters", "mean", f"minus {baseline}", "95 % interval", "p"):
+    headings = ("r", "method", "lr", "seeds", "parameters", "mean")
+    for heading in (*headings, f"minus {baseline}", "95 % interval", "p", "of other rows too"):
         add_column(table, heading)
     for (r, name), cell in sorted(cells.items()):
         rate = best_rate(cell)
@@ -174,9 +200,13 @@ def difference_table(cells: dict[tuple[int, str], Cell], metric: str, baseline: 
         row.append(f"{fmean(score(x, metric, rows) for x in found):.4f}")
         other = cells.get((r, baseline))
         d = difference(cell, other, metric, rows) if other and name != baseline else None
-        row += [f"{d.mean:+.4f}", f"[{d.low:+.4f}, {d.high:+.4f}]", f"{d.p:.2g}"] if d else ["", "", ""]
+        row += [f"{d.mean:+.4f}", interval(d.low, d.high), f"{d.p:.2g}", interval(*d.of_all)] if d else [""] * 4
         table.add_row(*row)
     return table
+
+
+def interval(low: float, high: float) -> str:
+    return f"[{low:+.4f}, {high:+.4f}]"
 
 
 def spline_table(cells: dict[tuple[int, str], Cell]) -> Table:

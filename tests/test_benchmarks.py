@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
-from benchmarks import quality, report
+from benchmarks import overlap, quality, report
 from benchmarks.runs import Bench, CompletionTrainer, Run, Setting, spline_lr
 from benchmarks.tasks import (
     IGNORED,
@@ -320,6 +320,50 @@ def test_paired_difference_in_closed_form():
     assert found.high == pytest.approx(mean + 4.302653 * error, rel=1e-5)
     t = abs(mean / error)
     assert found.p == pytest.approx(1 - t / math.sqrt(2 + t**2))
+
+
+def test_the_interval_of_other_seeds_and_rows_in_closed_form():
+    """Of a difference that is one number for the seed and one for the row: their variances over their counts."""
+    rng = np.random.default_rng(5)
+    by_seed, by_row = rng.normal(0.1, 0.02, 12), rng.normal(0, 0.3, 400)
+    records = [record(name, 1e-3, seed, 0.5) for name in ("lora", "o") for seed in range(12)]
+    for found in records:
+        rows = by_seed[found["run"]["seed"]] + by_row if found["run"]["name"] == "o" else np.zeros(400)
+        found["validation"] |= {"row_nll": list(rows), "row_tokens": [2] * 400}
+    cells = report.group(records)
+    low, high = report.difference(cells[4, "o"], cells[4, "lora"], "nll", report.ALL).of_all
+    mean = (by_seed.mean() + by_row.mean()) / 2
+    error = math.sqrt(by_seed.var() / 12 + by_row.var() / 400) / 2
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), rel=0.03)
+    only_even = report.difference(cells[4, "o"], cells[4, "lora"], "nll", report.EVEN).of_all
+    assert only_even[1] - only_even[0] == pytest.approx((high - low) * math.sqrt(2), rel=0.1)
+
+
+def test_rows_that_repeat_a_question_are_found_and_left_out(tiny, tmp_path, capsys):
+    assert overlap.plain("Is Tom's 3rd ROSE  red?\n") == "is tom s 3 rd rose red"
+    train, measured = ["a 3 b", "c d"], ["c d", "a 4 b", "a 33 b", "a b"]
+    assert overlap.repeated(train, measured) == {0}
+    assert overlap.repeated(*map(overlap.without_numbers, (train, measured))) == {0, 1, 2}
+
+    rows = [json.loads(line) for line in (tiny / "train.jsonl").read_text().splitlines()][:3]
+    new = rows[0] | {"instruction": rows[0]["instruction"].replace("rose", "question")}
+    (tmp_path / "data").symlink_to(tiny)
+    (tmp_path / "measured.jsonl").write_text("\n".join(map(json.dumps, [new, *rows[:2]])))
+    setting = '[setting]\nmodel = "data/model"\ntrain = "data/train.jsonl"\nvalidation = "measured.jsonl"\n'
+    method = '[methods.lora]\nkind = "lora"\n[methods.o]\nkind = "lora"\n'
+    runs = '[[runs]]\nmethods = ["lora", "o"]\nr = [4]\nlr = [1e-3]\nseeds = [0, 1]\n'
+    plan = tmp_path / "plan.toml"
+    plan.write_text(setting + method + runs)
+    (tmp_path / "out" / "plan").mkdir(parents=True)
+    for name, lr, seed in ((name, 1e-3, seed) for name in ("lora", "o") for seed in (0, 1)):
+        found = record(name, lr, seed, 0.5)
+        nll = [0.7, 0.1, 0.9] if name == "o" else [0.5, 0.5, 0.5]
+        found["validation"] |= {"row_nll": nll, "row_tokens": [2, 1, 1]}
+        (tmp_path / "out" / "plan" / f"{Run(name, {}, 4, lr, seed).id}.json").write_text(json.dumps(found))
+    assert overlap.main(["--plan", str(plan), "--data", str(tmp_path), "--results", str(tmp_path / "out")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "of 3 measured rows 2 ask what one of 24 training rows asks, 2 but for the numbers" in shown
+    assert "0.3500 │ +0.1000 │" in shown  # of the first row alone
 
 
 def test_a_report_is_printed_and_drawn(tmp_path, capsys):

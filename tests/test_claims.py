@@ -191,17 +191,17 @@ def computed(claim):
     found["base"] = mean([theirs[seed] for seed in common], "nll", claim.rows)
     pairs = [[report.score(side[seed], "nll", claim.rows) for side in (ours, theirs)] for seed in common]
     found["ahead"] = sum(a < b for a, b in pairs)
-    found["n"], *rest = report.difference(own, base, "nll", claim.rows)
+    found["n"], *rest, (found["of_low"], found["of_high"]) = report.difference(own, base, "nll", claim.rows)
     found |= zip(("mean", "low", "high", "p"), rest, strict=True)
     even = report.difference(own, base, "nll", report.EVEN)
     found |= {"even_mean": even.mean, "even_p": even.p}
     if "answered" in claim.figures:
-        _, *rest = report.difference(own, base, "accuracy", claim.rows)
+        _, *rest, _ = report.difference(own, base, "accuracy", claim.rows)
         found |= zip(("answered", "answered_low", "answered_high", "answered_p"), rest, strict=True)
     if claim.line:
         line = cell(claim, claim.line)
         found["line_n"], found["line"], *_ = report.difference(line, base, "nll", claim.rows)
-        _, found["over_line"], _, _, found["over_line_p"] = report.difference(own, line, "nll", claim.rows)
+        _, found["over_line"], _, _, found["over_line_p"], _ = report.difference(own, line, "nll", claim.rows)
     return found
 
 

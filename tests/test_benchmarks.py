@@ -323,20 +323,23 @@ def test_paired_difference_in_closed_form():
 
 
 def test_the_interval_of_other_seeds_and_rows_in_closed_form():
-    """Of a difference that is one number for the seed and one for the row: their variances over their counts."""
-    rng = np.random.default_rng(5)
-    by_seed, by_row = rng.normal(0.1, 0.02, 12), rng.normal(0, 0.3, 400)
-    records = [record(name, 1e-3, seed, 0.5) for name in ("lora", "o") for seed in range(12)]
-    for found in records:
-        rows = by_seed[found["run"]["seed"]] + by_row if found["run"]["name"] == "o" else np.zeros(400)
-        found["validation"] |= {"row_nll": list(rows), "row_tokens": [2] * 400}
-    cells = report.group(records)
-    low, high = report.difference(cells[4, "o"], cells[4, "lora"], "nll", report.ALL).of_all
-    mean = (by_seed.mean() + by_row.mean()) / 2
-    error = math.sqrt(by_seed.var() / 12 + by_row.var() / 400) / 2
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), rel=0.03)
-    only_even = report.difference(cells[4, "o"], cells[4, "lora"], "nll", report.EVEN).of_all
-    assert only_even[1] - only_even[0] == pytest.approx((high - low) * math.sqrt(2), rel=0.1)
+    """Of a difference that is one number for the seed and one for the row; then of rows of other lengths."""
+    by_seed, by_row = [0.1, 0.3, 0.2], np.linspace(-1, 2, 401)
+    tokens = np.full(401, 2)
+    for weights in (tokens, tokens + np.arange(401) % 5):
+        records = [record(name, 1e-3, seed, 0.5) for name in ("lora", "o") for seed in range(3)]
+        for found in records:
+            nll = by_seed[found["run"]["seed"]] + by_row if found["run"]["name"] == "o" else np.zeros(401)
+            found["validation"] |= {"row_nll": list(nll * weights), "row_tokens": list(weights)}
+        cells = report.group(records)
+        found = report.difference(cells[4, "o"], cells[4, "lora"], "nll", report.ALL)
+        assert found.mean == pytest.approx(0.2 + np.average(by_row, weights=weights))
+        low, high = found.of_all
+        assert (low + high) / 2 == pytest.approx(found.mean)
+        # Student's t with 2 and with 400 degrees of freedom; a weighted mean's error by its residuals
+        of_rows = math.sqrt(np.sum((weights * (by_row - np.average(by_row, weights=weights))) ** 2) * 401 / 400)
+        halves = 4.302653 * 0.1 / math.sqrt(3), 1.965912 * of_rows / weights.sum()
+        assert (high - low) / 2 == pytest.approx(math.hypot(*halves), rel=1e-5)
 
 
 def test_rows_that_repeat_a_question_are_found_and_left_out(tiny, tmp_path, capsys):

@@ -37,7 +37,7 @@ class Claim(NamedTuple):
 
 ADDED = "base mean of_low of_high ahead n p"  # the interval is of other rows too
 ALL_LAYERS = "seeds nll mean low high p even_mean even_p"
-COMPARED = "n base mean low high p"
+COMPARED = "n base mean of_low of_high p"
 WITH_LINE = COMPARED + " line line_n over_line over_line_p"
 TABLE = "seeds nll mean low high p"
 ANSWERED = "seeds nll mean low high p accuracy answered answered_low answered_high answered_p"

@@ -32,23 +32,26 @@ from lslora.evaluation import by_index, check_rows, in_row_order, predict
 from lslora.files import sha256, write_json_whole
 from lslora.lengths import position_limit_of
 from lslora.partial_results import PartialResults
-from lslora.progress import bars_hidden, hide_library_bars
+from lslora.progress import bars_hidden, hide_library_bars, hide_library_warnings
 from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
 
 T = TypeVar("T")
 ADAPTER, BASE = "adapter", "base"
+BEGINNING = b'{\n"settings": {\n"model_name": '  # of results, as they are written
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation; 0 when it is done, 1 when it cannot be written, 2 when arguments or data are not usable."""
     args = parse_arguments(arguments)
+    if args.quiet:
+        hide_library_warnings()
     try:
         questions = Questions(args.dataset, args.limit, args.seed)
         if args.output.is_dir():
             raise ValueError(f"--output must be a file, got the folder {args.output}")
-        if args.output.resolve() in {path.resolve() for path in args.dataset}:
-            raise ValueError(f"--output must be another file than --dataset, which would be lost, got {args.output}")
+        if is_foreign(args.output):
+            raise ValueError(f"--output must be a new file or earlier results, or it would be lost, got {args.output}")
         settings = settings_of(args)
         check_base(settings["model_name"])
         check_questions(
@@ -229,6 +232,14 @@ def drawn(rows: Collection[T], count: int, seed: int) -> Iterator[T]:
         if rng.random() * left < count:
             count -= 1
             yield row
+
+
+def is_foreign(output: Path) -> bool:
+    """Whether there is a file that is no result of this script: rows, an adapter's or a training's files, whatever."""
+    if not output.exists():
+        return False
+    with output.open("rb") as file:
+        return file.read(len(BEGINNING)) != BEGINNING
 
 
 def partial_path(output: Path) -> Path:

@@ -24,7 +24,7 @@ from lslora.data import Example, Row, are_conversations, load_examples, load_row
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
 from lslora.files import write_whole
-from lslora.progress import bars_hidden, hide_library_bars
+from lslora.progress import bars_hidden, hide_library_bars, hide_library_warnings
 from lslora.prompts import example_ids
 from lslora.scoring import compare, format_comparison, format_table, summarize
 
@@ -34,6 +34,8 @@ WORST = 5  # layers shown
 def main(arguments: list[str] | None = None) -> int:
     """Export the adapter; 0 when it is written, 2 when it cannot be."""
     args = parser().parse_args(arguments)
+    if args.quiet:
+        hide_library_warnings()
     try:
         examples = load_examples(args.dataset, chat_template=args.chat_template)[: args.rows]
         args.chat_template = are_conversations(examples)  # the evaluation's rows are asked as those to fit on

@@ -148,6 +148,7 @@ def run(args: argparse.Namespace) -> int:
     """Check, train and report; the exit status."""
     from lslora.data import DataError, are_conversations, load_examples, load_rows
     from lslora.files import sha256
+    from lslora.progress import hide_library_warnings
 
     try:
         examples = load_examples(args.dataset_path, chat_template=args.chat_template)
@@ -159,6 +160,8 @@ def run(args: argparse.Namespace) -> int:
     # Two more of what a run is made of, kept with its settings.
     args.dataset_sha256 = sha256(args.dataset_path)
     args.rows_a_step = args.batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    if args.quiet:
+        hide_library_warnings()
     missing = missing_for(args)
     if missing:
         print("error: this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing), file=sys.stderr)
@@ -166,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         check_settings(args)
         examples = usable_examples(args, examples, eval_rows)
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
@@ -263,7 +266,9 @@ def missing_model(model_name: str, *, chats: bool) -> list[str]:
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """ValueError or TypeError for values that peft, transformers and trackers would refuse much later."""
+    """ImportError, TypeError or ValueError for values that peft, transformers and trackers would refuse much later."""
+    import torch
+    from transformers import Trainer, get_scheduler
     from transformers.integrations import get_reporting_integration_callbacks
 
     if args.spline_lr is not None and not args.spline_lr > 0:
@@ -271,7 +276,10 @@ def check_settings(args: argparse.Namespace) -> None:
     if args.report_to != ["none"]:
         get_reporting_integration_callbacks(args.report_to)
     adapter_config(args)
-    trainer_config(args)
+    config, anything = trainer_config(args), torch.nn.Linear(1, 1)
+    Trainer.get_optimizer_cls_and_kwargs(config, anything)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(anything.parameters(), lr=args.learning_rate)
+    get_scheduler(config.lr_scheduler_type, optimizer, config.get_warmup_steps(args.max_steps), args.max_steps)
 
 
 def usable_examples(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row]) -> list[Example]:
@@ -312,8 +320,8 @@ def make_trainer(args: argparse.Namespace, examples: list[Example]) -> Any:
     from lslora.training import SplineTrainerMixin
 
     class SplineSFTTrainer(SplineTrainerMixin, WholeCheckpointsMixin, LengthGroupedOrderMixin, SFTTrainer):
-        def create_model_card(self, *_: Any, **__: Any) -> None:  # with every checkpoint
-            write_card(self, args, None)
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """None with every checkpoint: the folder's card is of the adapter beside it, and written with that."""
 
     if "wandb" in args.report_to:
         prepare_wandb(quiet=args.quiet)

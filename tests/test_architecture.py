@@ -47,7 +47,7 @@ ALLOWED = {
     "checkpoints": {"files"},
     "interruption": set(),
     "order": set(),
-    "failures": {"diagnostics"},
+    "failures": {"diagnostics", "spline"},
     "diagnostics": {"files", "spline"},
     "plots": {"diagnostics"},
     "trackers": set(),

@@ -789,8 +789,18 @@ def test_script_does_not_write_over_its_questions(script, arguments, capsys):
     before = arguments["--dataset"].read_bytes()
     arguments["--output"] = arguments["--dataset"]
     assert script.main(command(arguments)) == 2
-    assert "--output must be another file than --dataset" in capsys.readouterr().err
+    assert "--output must be a new file or earlier results, or it would be lost, got" in capsys.readouterr().err
     assert arguments["--dataset"].read_bytes() == before
+    config = arguments["--output"] = arguments["--adapter"] / "adapter_config.json"
+    before = config.read_bytes()
+    assert script.main(command(arguments)) == 2
+    assert config.read_bytes() == before
+
+
+def test_script_writes_over_earlier_results(script, arguments):
+    assert script.main(command(arguments | {"--limit": 2})) == 0
+    assert script.main(command(arguments | {"--limit": 3})) == 0
+    assert len(json.loads(arguments["--output"].read_text(encoding="utf-8"))["predictions"]) == 3
 
 
 def test_script_says_which_adapter_does_not_fit_which_base(script, arguments, tokenizer, tmp_path, capsys):

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from lslora import LSLoraConfig
 from lslora.callback import SplineCallback
 from lslora.diagnostics import spline_records
-from lslora.failures import all_finite, unmoved_knots, unstable_slopes
+from lslora.failures import all_finite, failure, unmoved_knots, unstable_slopes
 from lslora.training import SplineTrainerMixin
 from tests.tiny import make_tiny
 
@@ -81,6 +81,30 @@ def test_a_loss_that_is_no_number_names_step_and_layer_and_moves_nothing(tmp_pat
     assert len(before) == 2
     assert all(torch.equal(now, then) for now, then in zip(weights(trainer), before[-1], strict=True))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
+class OwnLoss(SplineTrainer):
+    """Makes a loss of its own of a batch that is not what the model takes."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, {"x": inputs["x"], "y": inputs["y"].float()}, **kwargs) * float("nan")
+
+
+def test_a_batch_that_is_not_what_the_model_takes_hides_nothing(tmp_path):
+    trainer = made(tmp_path, rows_with())
+    trainer.__class__ = OwnLoss
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan, not finite. The step was not taken"):
+        trainer.train()
+    for inputs in ([{"prompt": "x"}], {"x": torch.ones(3)}):
+        error = failure(trainer.model, inputs, torch.tensor(float("nan")), 7)
+        assert str(error).startswith("step 7: the loss is nan, not finite. ")
+
+
+@pytest.mark.parametrize(("method", "more"), [(LSLoraConfig, ", or a smaller spline_lr"), (LoraConfig, "")])
+def test_a_remedy_for_splines_is_told_where_there_are_any(method, more):
+    model = get_peft_model(Net(nn.Identity()), method(r=2, target_modules=["first"]))
+    error = failure(model, {}, torch.tensor(float("nan")), 1)
+    assert str(error).endswith(f"Start anew with a smaller learning rate{more}")
 
 
 def test_the_spline_s_state_is_told(tmp_path):

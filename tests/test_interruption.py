@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import Trainer, TrainingArguments
 
 from lslora import report
-from lslora.checkpoints import last_whole_checkpoint
+from lslora.checkpoints import WholeCheckpointsMixin, last_whole_checkpoint
 from lslora.files import sha256
 from lslora.interruption import ONE_WISH, SIGNALS, StopOnSignal
 
@@ -22,6 +23,17 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_lslora  # noqa: E402
+
+
+class Net(torch.nn.Module):
+    """Learns one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1)
+
+    def forward(self, x, labels):
+        return {"loss": (self.linear(x) - labels).square().mean()}
 
 
 def arguments(tiny, output, *more):
@@ -79,7 +91,7 @@ def test_a_signal_saves_and_stops_and_resume_ends_with_the_same_weights(tiny, tm
     assert f"stopped by {number.name} after step 3, with a checkpoint in" in capsys.readouterr().err
     assert last_whole_checkpoint(tmp_path / "cut") == (tmp_path / "cut" / "checkpoint-3", [])
     assert not (tmp_path / "cut" / "adapter_model.safetensors").exists()
-    assert f"# LS-LoRA adapter for {tiny / 'model'}\n" in (tmp_path / "cut" / "README.md").read_text()
+    assert not (tmp_path / "cut" / "README.md").exists()  # a card without its adapter
     assert train_lslora.main(arguments(tiny, tmp_path / "cut", "--resume")) == 0
     whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
@@ -174,6 +186,39 @@ def test_a_new_run_never_resumes_an_older_one_s_checkpoints(tiny, tmp_path, caps
     whole, problems = last_whole_checkpoint(tmp_path)
     assert whole == tmp_path / "checkpoint-3"
     assert [p.split(":")[0] for p in problems] == [str(tmp_path / f"checkpoint-{step}") for step in (6, 4)]
+    assert all("a new run has begun in its folder since" in problem for problem in problems)
+
+
+def test_the_adapter_of_an_older_run_and_its_card_stay_until_there_is_another(tiny, tmp_path):
+    assert train_lslora.main(arguments(tiny, tmp_path)) == 0
+    names = ("README.md", "adapter_config.json", "adapter_model.safetensors", "report.html")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    other = arguments(tiny, tmp_path, "--method", "lora", "--save_steps", 2)
+    stopped_after(3, signal.SIGTERM, other)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    assert train_lslora.main([*other, "--resume"]) == 0
+    assert not any((tmp_path / name).read_bytes() == content for name, content in before.items())
+
+
+def test_a_signal_s_checkpoint_stays_where_the_best_one_is_all_that_is_kept(tmp_path):
+    class WholeTrainer(WholeCheckpointsMixin, Trainer):
+        pass
+
+    rows = [{"x": torch.ones(4), "labels": torch.ones(1)} for _ in range(8)]
+    settings = TrainingArguments(
+        str(tmp_path), max_steps=8, save_steps=3, eval_steps=3, eval_strategy="steps", load_best_model_at_end=True,
+        save_total_limit=1, use_cpu=True, report_to="none", disable_tqdm=True, learning_rate=0.1,
+    )  # fmt: skip
+    with StopOnSignal() as stop:
+        trainer = WholeTrainer(Net(), settings, train_dataset=rows, eval_dataset=rows, callbacks=[stop])
+        hook = signal_after(4, signal.SIGTERM)
+        try:
+            trainer.train()
+        finally:
+            hook.remove()
+    assert stop.signal == signal.SIGTERM
+    assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", [])
+    assert (tmp_path / "checkpoint-3").exists()
 
 
 def weights(folder):

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer
 
 from lslora import LSLoraConfig
 from lslora.training import RECOMMENDED_SPLINE_LR
@@ -95,6 +95,7 @@ def test_a_log_file_holds_no_progress_bars(tiny, tmp_path, quiet):
     said = [line for line in done.stdout.splitlines() if "[WARNING]" not in line]
     assert (not said) == quiet
     assert quiet or "'loss'" in done.stdout
+    assert ("FutureWarning" in done.stderr) <= (not quiet)
     assert ("wandb:" in done.stdout + done.stderr) != quiet
     assert any((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
@@ -282,7 +283,10 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny, tmp_path, monkeypatch, 
         (["--lora_dropout", 1.5], "lora_dropout must"),
         (["--spline_lr", 0], "spline_lr must be positive, got 0"),
         (["--lr_scheduler_type", "stairs"], "stairs"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "num_decay_steps"),
         (["--optim", "adamx"], "adamx"),
+        (["--optim", "adamw_anyprecision"], "torchdistx"),
         (["--report_to", "wanb"], "wanb"),
         (["--target_modules", "nowhere"], "nowhere"),
     ],
@@ -304,18 +308,23 @@ def test_a_base_model_that_was_cut_short_is_told(tiny, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [("--optim", "galore_adamw"), ("--lr_scheduler_type", "cosine_with_min_lr")])
-def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(tiny, tmp_path, capsys, arguments):
-    if "galore_adamw" in arguments and importlib.util.find_spec("galore_torch"):
+@pytest.mark.parametrize("where", ["settings", "start"])
+def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(tiny, tmp_path, capsys, monkeypatch, where):
+    if where == "settings" and importlib.util.find_spec("galore_torch"):
         pytest.skip("this optimizer runs here")
     assert run(tiny, tmp_path) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    if "galore_adamw" in arguments:
-        assert run(tiny, tmp_path, *arguments) == 1
+    if where == "settings":
+        assert run(tiny, tmp_path, "--optim", "galore_adamw") == 2
         assert "galore" in capsys.readouterr().err
     else:
-        with pytest.raises(ValueError, match="min_lr"):
-            run(tiny, tmp_path, *arguments)
+
+        def missing(*args, **kwargs):
+            raise ImportError("a library for this schedule")
+
+        monkeypatch.setattr(Trainer, "create_scheduler", missing)
+        assert run(tiny, tmp_path) == 1
+        assert f"error: {tmp_path}: a library for this schedule" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

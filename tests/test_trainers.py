@@ -123,6 +123,13 @@ def test_the_frozen_copy_of_dpo_has_the_grids_too(tmp_path):
     adapted.set_adapter("ref")
     assert torch.equal(adapted.eval()(ids).logits, expected)
 
+    asked_at_once = model(calibration_steps=1)
+    asked_at_once.load_state_dict(without_grids.state_dict())
+    trainer = make("dpo", asked_at_once, tmp_path, precompute_ref_log_probs=True, max_steps=1)
+    trainer.train()
+    loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert loss == pytest.approx(math.log(2), abs=1e-3)  # the reference is the policy before its first step
+
     arguments = DPOConfig(**settings(tmp_path))
     data = pairs().remove_columns(["completion"])
     DPOTrainer(without_grids, args=arguments, train_dataset=data, processing_class=tokenizer())

@@ -90,7 +90,7 @@ def problem_of(folder: Path) -> str | None:
     try:
         expected = json.loads((folder / SEAL).read_text(encoding="utf-8"))["sha256"]
     except OSError:
-        return f"it has no {SEAL}, so it was not written to its end"
+        return f"it has no {SEAL}: it was not written to its end, or a new run has begun in its folder since"
     except (ValueError, KeyError, TypeError):
         return f"its {SEAL} is not readable"
     found = _checksums(folder)

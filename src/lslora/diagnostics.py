@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 AVERAGED = ("deviation", "slope_variance", "input_scale", "output_scale")
+SHOWN = ("layer", "grid", "values", "occupancy", *AVERAGED)  # in tables and pictures
 STORED = ("weight", "input_scale_offset", "output_scale_offset", "grid_scale")  # of a spline
 BINS = 48
 LIVE_SHARE = 0.01
@@ -172,9 +174,12 @@ def load_records(path: str | Path) -> list[Record]:
         OSError: it cannot be read.
     """
     try:
-        return list(json.loads(Path(path).read_text(encoding="utf-8"))["layers"])
+        records = list(json.loads(Path(path).read_text(encoding="utf-8"))["layers"])
+        for record, name in product(records, SHOWN):
+            record[name]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} must be a file that save_records wrote: {error!r}") from error
+    return records
 
 
 def spline_table(records: list[Record], max_rows: int = 12) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, distributed, nn
 
 from .diagnostics import Record, trained_records
+from .spline import splines_of
 
 UNSTABLE = 1.0  # slope variance, see lslora.diagnostics
-REMEDY = "a smaller learning rate, or a smaller spline_lr"
+REMEDY, OF_SPLINES = "a smaller learning rate", ", or a smaller spline_lr"
 
 
 def all_finite(loss: Tensor, gradients: Iterable[Tensor]) -> bool:
@@ -40,7 +42,8 @@ def failure(model: nn.Module, inputs: Mapping[str, Any], loss: Tensor, step: int
         if layers:
             message += f"; it begins in {layers[0]}, one of {len(layers)} layers"
         message += "".join(f"; {_state(r)}" for r in trained_records(model) if r["layer"] in layers[:1])
-    return FloatingPointError(f"{message}. The step was not taken. Start anew with {REMEDY}")
+    remedy = REMEDY + OF_SPLINES * any(True for _ in splines_of(model))
+    return FloatingPointError(f"{message}. The step was not taken. Start anew with {remedy}")
 
 
 def unstable_slopes(records: Sequence[Record]) -> str | None:
@@ -51,7 +54,7 @@ def unstable_slopes(records: Sequence[Record]) -> str | None:
     worst = max(unstable, key=lambda record: record["slope_variance"])
     return (
         f"the slopes of {len(unstable)} of {len(records)} splines vary by more than {UNSTABLE:g}, most in "
-        f"{worst['layer']} ({worst['slope_variance']:.3g}): take {REMEDY}"
+        f"{worst['layer']} ({worst['slope_variance']:.3g}): take {REMEDY}{OF_SPLINES}"
     )
 
 
@@ -61,7 +64,7 @@ def unmoved_knots(records: Sequence[Record]) -> str | None:
         return (
             f"{len(waiting)} of {len(records)} splines still wait for their grid, the first in {waiting[0]}: they are "
             "the identity, and their layers plain LoRA. Take fewer calibration_steps, a third of the steps, unless "
-            "no input reached these layers in train mode"
+            "training was stopped early, or no input reached these layers in train mode"
         )
     unmoved = {record["layer"]: _unmoved(record) for record in records}
     if not any(unmoved.values()):
@@ -80,7 +83,11 @@ def _unmoved(record: Record) -> int:
 
 
 def _of_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
-    """Adapted layers whose output is not finite for this batch, in the order of the forward pass."""
+    """Adapted layers whose output is not finite for this batch, in the order of the forward pass.
+
+    A trainer's batch need not be what its model takes: then what was passed before the model's own error counts, which
+    must not stand in the way of the one to tell.
+    """
     found: dict[str, None] = {}
 
     def look(name: str, output: Any) -> None:
@@ -92,7 +99,7 @@ def _of_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
         for name, layer in _layers(model).items()
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), suppress(Exception):
             model(**inputs)
     finally:
         for hook in hooks:

@@ -60,5 +60,7 @@ class StopOnSignal(TrainerCallback):
             if number.item():
                 self.signal = signal.Signals(int(number.item()))
         if self.signal:
+            if args.save_total_limit == 1:  # for which transformers ends by removing all but the best checkpoint
+                args.save_total_limit = 2
             control.should_save = True
             control.should_training_stop = True

@@ -1,8 +1,9 @@
-"""When progress bars are shown."""
+"""When progress bars and the libraries' own words are shown."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 
 from transformers.utils import logging
 
@@ -10,6 +11,12 @@ from transformers.utils import logging
 def bars_hidden(quiet: bool) -> bool:
     """Whether to show no progress bars: when told to be quiet, or where the error output is no terminal."""
     return quiet or not sys.stderr.isatty()
+
+
+def hide_library_warnings() -> None:
+    """Nothing of what libraries tell those who write programs with them, not those who run one."""
+    for kind in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", kind)
 
 
 def hide_library_bars() -> None:

@@ -66,7 +66,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     folder = Path(folder)
     path = Path(path) if path else folder / REPORT
     state = _load_state(folder)
-    run = _load_json(folder / RUN) if (folder / RUN).is_file() else {}
+    run = _load_run(folder / RUN) if (folder / RUN).is_file() else {}
     plain = run.get("settings", {}).get("method") == "lora"  # what splines are there are of an earlier run
     records = load_records(folder / DIAGNOSTICS) if (folder / DIAGNOSTICS).is_file() and not plain else []
     page = _render(folder.resolve().name, state, run, records, [] if plain else load_course(folder))
@@ -86,6 +86,15 @@ def _load_state(folder: Path) -> dict[str, Any]:
             f"{folder} must be the output folder of a training, with {STATE} or a checkpoint, found neither"
         )
     return max(states, key=lambda state: state.get("global_step", 0))
+
+
+def _load_run(path: Path) -> dict[str, Any]:
+    run = _load_json(path)
+    settings, versions = run.get("settings"), run.get("versions")
+    named = {"method", "model_name", "dataset_path"}
+    if not (isinstance(settings, dict) and settings.keys() >= named and isinstance(versions, dict)):
+        raise ValueError(f"{path} must be a file that train_lslora.py wrote, with settings and versions")
+    return run
 
 
 def _load_json(path: Path) -> dict[str, Any]:

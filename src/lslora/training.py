@@ -130,6 +130,11 @@ class SplineTrainerMixin:
             self.add_callback(_StepCounter)  # type: ignore[attr-defined]
         _complete_reference(self.model)  # type: ignore[attr-defined]
 
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, which asks its reference within its own `__init__` (`precompute_ref_log_probs`)."""
+        _complete_reference(self.model)  # type: ignore[attr-defined]
+        return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """The trainer's own optimizer, with the splines in a group of their own."""
         optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]

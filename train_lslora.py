@@ -436,8 +436,7 @@ def tell_stopped(trainer: Any, by: signal.Signals) -> int:
 
 def save(trainer: Any, folder: Path) -> None:
     """The adapter and the log, each file whole or not at all."""
-    from safetensors import SafetensorError
-
+    from lslora.checkpoints import is_of_writing
     from lslora.files import publish
 
     stage = folder / ".part"
@@ -446,7 +445,9 @@ def save(trainer: Any, folder: Path) -> None:
         if trainer.is_world_process_zero():
             trainer.state.save_to_json(str(stage / "trainer_state.json"))
             publish(stage, folder)
-    except (RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        if not is_of_writing(error):
+            raise
         raise OSError(f"the adapter could not be written: {error}") from error
 
 

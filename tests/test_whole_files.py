@@ -81,7 +81,7 @@ def lose(folder):
 
 def no_seal(folder):
     (folder / SEAL).unlink()
-    return "it has no whole.json, so it was not written to its end"
+    return "it has no whole.json: it was not written to its end, or a new run has begun in its folder since"
 
 
 def half_seal(folder):

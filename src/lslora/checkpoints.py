@@ -47,7 +47,9 @@ class WholeCheckpointsMixin:
                 torch.save(arguments, folder / TRAINING_ARGS_NAME)  # as they are, with their limit
                 seal(folder)
                 remove_older(folder, arguments.save_total_limit, best=state.best_model_checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have errors of their own
+        except Exception as error:
+            if not is_of_writing(error):
+                raise
             free = shutil.disk_usage(arguments.output_dir).free  # torch does not tell
             shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(f"{folder} could not be written, with {free} bytes free: {error}") from error
@@ -60,6 +62,11 @@ class WholeCheckpointsMixin:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             arguments.save_total_limit = limit
+
+
+def is_of_writing(error: Exception) -> bool:
+    """Whether it may be of a file that cannot be written: torch's, safetensors' and tokenizers' are no OSError."""
+    return isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception
 
 
 def seal(folder: Path) -> None:

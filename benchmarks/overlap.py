@@ -16,11 +16,9 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from lslora.embedded import resolve_model_name
-
 from .quality import RESULTS, load_records, read_plan
 from .report import ALL, ROWS, Record, difference_table, group
-from .runs import Setting
+from .runs import Setting, model_name
 from .tasks import IGNORED, Example, load_examples
 
 
@@ -49,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def questions(setting: Setting, data: Path) -> tuple[list[str], list[str]]:
     """What the rows of a plan ask, of those that it trains on and of those that it measures, as the model reads it."""
-    local = data / setting.model
-    tokenizer = AutoTokenizer.from_pretrained(str(local) if local.is_dir() else resolve_model_name(setting.model))
+    tokenizer = AutoTokenizer.from_pretrained(model_name(setting, data))
     asked: list[list[str]] = []
     for path, most in ((setting.train, setting.train_rows), (setting.validation, setting.validation_rows)):
         examples = load_examples(data / path, tokenizer, setting.max_tokens, most, setting.cloze)

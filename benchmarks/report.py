@@ -103,13 +103,19 @@ def group(records: list[Record]) -> dict[tuple[int, str], Cell]:
 
 def score(record: Record, metric: str, rows: str) -> float:
     """The metric over those of the measured rows that `rows` names; the worst there is where the run diverged."""
-    part, name, _ = METRICS[metric]
     if record["diverged"]:
-        return math.inf if name == "nll" else 0.0
+        return math.inf if METRICS[metric][1] == "nll" else 0.0
+    values, weights = row_values(record, metric, rows)
+    return sum(values) / sum(weights)
+
+
+def row_values(record: Record, metric: str, rows: str) -> tuple[list[float], list[int]]:
+    """What each row adds to the metric and how much it weighs: the metric is the sum of the ones over the others'."""
+    part, name, _ = METRICS[metric]
     found, taken = record[part], ROWS[rows]
     if name == "accuracy":
-        return 100 * fmean(found["row_correct"][taken])
-    return sum(found["row_nll"][taken]) / sum(found["row_tokens"][taken])
+        return [100.0 * correct for correct in found["row_correct"][taken]], [1] * len(found["row_correct"][taken])
+    return found["row_nll"][taken], found["row_tokens"][taken]
 
 
 def mean_score(seeds: dict[int, Record], metric: str, rows: str) -> float:
@@ -155,11 +161,9 @@ def rows_half(ours: list[Record], theirs: list[Record], metric: str, rows: str) 
     """
     if any(record["diverged"] for record in (*ours, *theirs)):
         return math.nan
-    part, name, _ = METRICS[metric]
-    field, factor = ("row_correct", 100) if name == "accuracy" else ("row_nll", 1)
-    sides = [np.array([record[part][field][ROWS[rows]] for record in side], dtype=float) for side in (ours, theirs)]
-    means = factor * (sides[0] - sides[1]).mean(axis=0)
-    weights = np.array(ours[0][part]["row_tokens"][ROWS[rows]]) if name == "nll" else np.ones(len(means))
+    sides = [np.array([row_values(record, metric, rows)[0] for record in side]) for side in (ours, theirs)]
+    means = (sides[0] - sides[1]).mean(axis=0)
+    weights = np.array(row_values(ours[0], metric, rows)[1])
     beyond = means - weights * means.sum() / weights.sum()
     error = math.sqrt(len(means) * beyond.var(ddof=1)) / weights.sum()
     return float(student_t.ppf(0.975, len(means) - 1) * error)

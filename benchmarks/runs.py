@@ -108,14 +108,19 @@ class Run:
         return f"{self.name}-r{self.r}-lr{self.lr:g}-seed{self.seed}"
 
 
+def model_name(setting: Setting, data: Path) -> str:
+    """What `from_pretrained` loads: a folder in the data's folder, or what `resolve_model_name` makes of the name."""
+    local = data / setting.model
+    return str(local) if local.is_dir() else resolve_model_name(setting.model)
+
+
 class Bench:
     """A model and its rows, loaded once for any number of runs."""
 
     def __init__(self, setting: Setting, data: Path) -> None:
         self.setting, self.commit = setting, commit()
         torch.set_float32_matmul_precision(setting.matmul_precision)
-        local = data / setting.model
-        name = str(local) if local.is_dir() else resolve_model_name(setting.model)
+        name = model_name(setting, data)
         self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -13,6 +14,7 @@ from lslora.checkpoints import (
     SEAL,
     CheckpointError,
     WholeCheckpointsMixin,
+    is_of_writing,
     last_whole_checkpoint,
     problem_of,
     remove_older,
@@ -203,6 +205,14 @@ def test_killed_runs_end_with_the_weights_of_one_that_was_not(capsys):
 def can_mount(folder):
     done = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True)
     return done.returncode == 0 and subprocess.run(["umount", folder]).returncode == 0
+
+
+def test_an_error_of_a_library_s_own_kind_is_a_checkpoint_s_and_others_are_not():
+    """tokenizers raises a bare Exception where it cannot write."""
+    with pytest.raises(Exception, match="No such file") as bare:
+        Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save("/no/such/folder/tokenizer.json")
+    assert is_of_writing(bare.value)
+    assert is_of_writing(OSError()) and not is_of_writing(ValueError()) and not is_of_writing(KeyError())
 
 
 def test_a_full_disk_is_told_and_costs_nothing_that_was_whole(tmp_path, capsys):

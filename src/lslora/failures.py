@@ -42,7 +42,7 @@ def failure(model: nn.Module, inputs: Mapping[str, Any], loss: Tensor, step: int
         if layers:
             message += f"; it begins in {layers[0]}, one of {len(layers)} layers"
         message += "".join(f"; {_state(r)}" for r in trained_records(model) if r["layer"] in layers[:1])
-    remedy = REMEDY + OF_SPLINES * any(True for _ in splines_of(model))
+    remedy = REMEDY + OF_SPLINES * bool(splines_of(model))
     return FloatingPointError(f"{message}. The step was not taken. Start anew with {remedy}")
 
 

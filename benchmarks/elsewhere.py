@@ -5,6 +5,7 @@
     token   y = W0 x + s B (1 + δ(t)) h,  h = A x, t = |h|: one factor for each token, by the size of its h
     gate    y = W0 x + (1 + δ(W0 x)) ⊙ s B A x: one factor for each element, by what it is added to
     factor  y = W0 x + s (B + δ(B)) A x: merges, and costs nothing per token
+    base    y = W0 x + ((1 + δ(W0)) ⊙ s B A) x: one factor for each weight, by the weight it is added to; merges
     output, bottleneck      as lslora's, constant beyond the grid's ends
 
 With `gated` δ is a number, learned from 0, times a function that starts as a sine. With one knot δ is a number: a
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 QUANTILE = 0.99
-FACTORS = ("token", "gate")  # δ is a number without a unit; elsewhere it has that of its argument
+FACTORS = ("token", "gate", "base")  # δ is a number without a unit; elsewhere it has that of its argument
 
 
 class Delta(nn.Module):
@@ -69,6 +70,8 @@ class DeltaVariant(LoraVariant):
             return result + b(h * (1 + delta(h.norm(dim=-1, keepdim=True)))) * scaling
         if self.place == "factor":
             return result + linear(h, b.weight + delta(b.weight)) * scaling
+        if self.place == "base":
+            return result + linear(x, (b.weight @ a.weight) * (1 + delta(module.base_layer.weight))) * scaling
         if self.place == "bottleneck":
             return result + b(h + delta(h)) * scaling
         z = b(h) * scaling

@@ -572,8 +572,19 @@ def test_unknown_methods_and_options_raise():
         adapted_by({"kind": "lorra"})
     with pytest.raises(ValueError, match="lora takes no options, got \\['num_knots'\\]"):
         adapted_by({"kind": "lora", "num_knots": 5})
+    with pytest.raises(ValueError, match="hira takes no options, got \\['alpha_ratio'\\]"):
+        adapted_by({"kind": "hira", "alpha_ratio": 10})
     with pytest.raises(ValueError, match="spline_hold is for the splines of lslora, got kind 'form'"):
         adapted_by({"kind": "form", "placement": "output", "shape": "abs", "spline_hold": 0.8})
+
+
+def test_hira_multiplies_the_base_weight():
+    layer = adapted_by({"kind": "hira"}, r=3).get_decoder().layers[0].mlp.up_proj
+    a, b = layer.hira_A["default"], layer.hira_B["default"]
+    torch.nn.init.normal_(b)
+    x, w0 = torch.randn(5, 16), layer.base_layer.weight
+    assert a.shape == (3, 16)
+    torch.testing.assert_close(layer(x), x @ (w0 * (1 + b @ a)).T)
 
 
 @pytest.mark.parametrize("placement", ["output", "bottleneck", "weight", "factor"])
@@ -599,7 +610,7 @@ def test_forms_in_closed_form(placement, shape, function):
     torch.testing.assert_close((layer(x) - layer.base_layer(x)).double(), update, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("place", ["input", "whole", "token", "gate", "output", "bottleneck", "factor"])
+@pytest.mark.parametrize("place", ["input", "whole", "token", "gate", "base", "output", "bottleneck", "factor"])
 def test_deltas_in_closed_form(place):
     model = adapted_by({"kind": "delta", "place": place, "knots": 5, "waits": 2})
     layer = model.get_decoder().layers[0].mlp.up_proj
@@ -628,6 +639,7 @@ def test_deltas_in_closed_form(place):
         "whole": lambda: plain - x @ w0.T + expected(plain, True),
         "token": lambda: s * (h * (1 + expected(h.norm(dim=-1, keepdim=True), False))) @ b.T,
         "gate": lambda: s * h @ b.T * (1 + expected(x @ w0.T, False)),
+        "base": lambda: s * x @ (b @ a * (1 + expected(w0, False))).T,
         "output": lambda: s * h @ b.T + expected(s * h @ b.T, True),
         "bottleneck": lambda: s * (h + expected(h, True)) @ b.T,
         "factor": lambda: s * h @ (b + expected(b, True)).T,

@@ -559,9 +559,10 @@ def report_splines(trainer: Any, args: argparse.Namespace) -> None:
 
     from lslora import plots
     from lslora.callback import DIAGNOSTICS
-    from lslora.diagnostics import observe_occupancy, save_records, spline_records, spline_table
+    from lslora.diagnostics import observe_occupancy, spline_records
     from lslora.files import replacing
     from lslora.progress import bars_hidden
+    from lslora.records import save_records, spline_table
 
     with observe_occupancy(trainer.model) as occupancy:
         run_batches(trainer, OCCUPANCY_BATCHES, silent=bars_hidden(args.quiet))

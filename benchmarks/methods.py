@@ -1,11 +1,12 @@
 """Methods to compare, by name and options: each makes an adapter on a model, and says what of it learns.
 
-`none` is the model as it is, never trained. `lora`, `dora`, `rslora` and `hira` are peft's own. `lslora` takes the options of
-`LSLoraConfig`, `form` those of `benchmarks.forms.attach_forms`, `delta` those of `benchmarks.elsewhere.attach_deltas`.
-Some controls are LS-LoRA with most of it frozen: `learns` names what of the spline is trained (`weight`,
-`input_scale_offset`, `output_scale_offset`); `defects` are those of `benchmarks.original`; `constraint` ties
-neighbouring or opposite knots together; below the decoder layer `first_spline` they stay the identity, which is plain
-LoRA; `spline_lr_ratio`, `spline_lr` and `spline_hold` are read by `benchmarks.runs`.
+`none` is the model as it is, never trained. `lora`, `dora`, `rslora` and `hira` are peft's own. `lslora` takes the
+options of `LSLoraConfig`, `form` those of `benchmarks.forms.attach_forms`, `delta` those of
+`benchmarks.elsewhere.attach_deltas`. Some controls are LS-LoRA with most of it frozen: `learns` names what of the
+spline is trained (`weight`, `input_scale_offset`, `output_scale_offset`); `defects` are those of
+`benchmarks.original`; `constraint` ties neighbouring or opposite knots together; below the decoder layer
+`first_spline` they stay the identity, which is plain LoRA; `spline_lr_ratio`, `spline_lr` and `spline_hold` are read
+by `benchmarks.runs`.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ EVERYWHERE = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 def attach(model: Any, method: dict[str, Any], r: int) -> Any:
     """A peft model with the method's adapter of rank `r + extra_rank` on every linear layer but the output's.
 
-    `lora_alpha` is `alpha_ratio` r, 2 as in the reference recipe, whatever the extra rank (`hira` has none); no dropout,
-    no bias.
+    `lora_alpha` is `alpha_ratio` r, 2 as in the reference recipe, whatever the extra rank (`hira` has none); no
+    dropout, no bias.
 
     Raises:
         ValueError: `method` has a kind or an option that is not known, or a `spline_hold` without a spline.

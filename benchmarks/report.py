@@ -20,8 +20,8 @@ from rich.table import Table
 from scipy.stats import t as student_t
 from scipy.stats import ttest_rel
 
-from lslora.diagnostics import AVERAGED, live_intervals
 from lslora.plots import plot_deviations
+from lslora.records import AVERAGED, live_intervals
 
 Record = dict[str, Any]
 Cell = dict[float, dict[int, Record]]  # learning rate → seed → record

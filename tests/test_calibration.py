@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Adafactor, LlamaConfig, LlamaForCausalLM
 
 from lslora import LSLoraConfig, Spline, calibration, spline_penalty
-from lslora.diagnostics import live_intervals, observe_occupancy, spline_records
+from lslora.diagnostics import observe_occupancy, spline_records
+from lslora.records import live_intervals
 
 STEPS = 4
 

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from lslora import LSLoraConfig
 from lslora.callback import COURSE, DIAGNOSTICS, SplineCallback, load_course
-from lslora.diagnostics import load_records, spline_metrics, spline_table, trained_records
+from lslora.diagnostics import spline_metrics, trained_records
+from lslora.records import load_records, spline_table
 from lslora.training import SplineTrainerMixin
 
 ROWS = [{"input_ids": torch.arange(i, i + 6), "labels": torch.arange(i, i + 6)} for i in range(8)]

@@ -15,15 +15,17 @@ from lslora import LSLoraConfig
 from lslora.diagnostics import (
     BINS,
     Occupancy,
+    observe_occupancy,
+    spline_metrics,
+    spline_records,
+    trained_records,
+)
+from lslora.records import (
     live_intervals,
     load_records,
     mean_metrics,
-    observe_occupancy,
     save_records,
-    spline_metrics,
-    spline_records,
     spline_table,
-    trained_records,
     verdict,
 )
 

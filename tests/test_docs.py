@@ -25,7 +25,8 @@ from trl import SFTConfig
 
 from lslora import LSLoraConfig, embedded
 from lslora.callback import COURSE, DIAGNOSTICS
-from lslora.diagnostics import observe_occupancy, save_records, spline_records
+from lslora.diagnostics import observe_occupancy, spline_records
+from lslora.records import save_records
 from tests import configuration
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from lslora.callback import COURSE, DIAGNOSTICS
 from lslora.checkpoints import seal
-from lslora.diagnostics import save_records
+from lslora.records import save_records
 from lslora.report import main, write_report
 from lslora.scoring import compare, summarize
 from tests.test_plots import blocks

@@ -13,10 +13,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .diagnostics import Record, mean_metrics, save_records, trained_records
+from .diagnostics import trained_records
 from .failures import unmoved_knots, unstable_slopes
 from .files import write_whole
 from .plots import plot_deviations, plot_heatmap, plot_splines
+from .records import Record, mean_metrics, save_records
 from .trackers import Tracker, trackers_of
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ PICTURES = {"splines": plot_splines, "deviations": plot_deviations, "heatmap": p
 class SplineCallback(TrainerCallback):
     """Shows the trained splines of any `transformers.Trainer`.
 
-    At every log of the loss their averages (`lslora.diagnostics.mean_metrics`) go into the log history, and the state
+    At every log of the loss their averages (`lslora.records.mean_metrics`) go into the log history, and the state
     of every layer into `spline_course.jsonl` in the output folder. Every `picture_steps` steps and at the end of the
     training, pictures go to those of wandb, TensorBoard and trackio that the trainer reports to; at the end, the
     records are saved as `spline_diagnostics.json`. `SplineTrainerMixin` logs the averages as well; together with it

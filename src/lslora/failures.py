@@ -10,7 +10,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, distributed, nn
 
-from .diagnostics import Record, trained_records
+from .diagnostics import trained_records
+from .records import Record
 from .spline import splines_of
 
 UNSTABLE = 1.0  # slope variance, see lslora.diagnostics

@@ -1,4 +1,4 @@
-"""Pictures of splines, drawn from the records of `lslora.diagnostics`; every function returns a matplotlib `Figure`.
+"""Pictures of splines, drawn from the records of `lslora.records`; every function returns a matplotlib `Figure`.
 
 `figure.savefig(path)` writes it; the callback hands it to trackers and the report puts it into its page.
 """
@@ -18,7 +18,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .diagnostics import LIVE_SHARE, Record, verdict
+from .records import LIVE_SHARE, Record, verdict
 
 CELL = 0.43  # half the width of a small picture, of the 1 from one to the next
 COLOURS = {

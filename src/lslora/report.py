@@ -23,8 +23,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from . import plots
 from .callback import DIAGNOSTICS, load_course
 from .checkpoints import last_sealed_checkpoint
-from .diagnostics import AVERAGED, Record, live_intervals, load_records, mean_metrics, verdict
 from .files import write_whole
+from .records import AVERAGED, Record, live_intervals, load_records, mean_metrics, verdict
 from .scoring import format_comparison
 
 RUN = "run.json"

@@ -6,12 +6,13 @@
     gate    y = W0 x + (1 + δ(W0 x)) ⊙ s B A x: one factor for each element, by what it is added to
     factor  y = W0 x + s (B + δ(B)) A x: merges, and costs nothing per token
     base    y = W0 x + ((1 + δ(W0)) ⊙ s B A) x: one factor for each weight, by the weight it is added to; merges
+    product y = W0 x + ((W0 / rms(W0) + δ(W0)) ⊙ s B A) x: the same from HiRA instead of LoRA, on LoRA's scale
     output, bottleneck      as lslora's, constant beyond the grid's ends
 
 With `gated` δ is a number, learned from 0, times a function that starts as a sine. With one knot δ is a number: a
 learned scalar, by `token`.
-δ starts at zero, so all start as plain LoRA and stay it for the first `waits` batches; then δ's knots are spread over
-what the layer sees in that batch, and are trained from there on.
+δ starts at zero, so all but `product` start as plain LoRA and stay it for the first `waits` batches; then δ's knots
+are spread over what the layer sees in that batch, and are trained from there on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 QUANTILE = 0.99
-FACTORS = ("token", "gate", "base")  # δ is a number without a unit; elsewhere it has that of its argument
+FACTORS = ("token", "gate", "base", "product")  # δ is a number without a unit; elsewhere it has that of its argument
 
 
 class Delta(nn.Module):
@@ -70,8 +71,10 @@ class DeltaVariant(LoraVariant):
             return result + b(h * (1 + delta(h.norm(dim=-1, keepdim=True)))) * scaling
         if self.place == "factor":
             return result + linear(h, b.weight + delta(b.weight)) * scaling
-        if self.place == "base":
-            return result + linear(x, (b.weight @ a.weight) * (1 + delta(module.base_layer.weight))) * scaling
+        if self.place in ("base", "product"):
+            w0 = module.base_layer.weight
+            start = 1 if self.place == "base" else w0 / w0.square().mean().sqrt()
+            return result + linear(x, (b.weight @ a.weight) * (start + delta(w0))) * scaling
         if self.place == "bottleneck":
             return result + b(h + delta(h)) * scaling
         z = b(h) * scaling

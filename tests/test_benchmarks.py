@@ -610,7 +610,10 @@ def test_forms_in_closed_form(placement, shape, function):
     torch.testing.assert_close((layer(x) - layer.base_layer(x)).double(), update, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("place", ["input", "whole", "token", "gate", "base", "output", "bottleneck", "factor"])
+PLACES = ["input", "whole", "token", "gate", "base", "product", "output", "bottleneck", "factor"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_deltas_in_closed_form(place):
     model = adapted_by({"kind": "delta", "place": place, "knots": 5, "waits": 2})
     layer = model.get_decoder().layers[0].mlp.up_proj
@@ -618,7 +621,8 @@ def test_deltas_in_closed_form(place):
     torch.nn.init.normal_(b)
     x = torch.randn(5, 16)
     w0, delta = layer.base_layer.weight, layer.lora_delta
-    plain = x @ w0.T + s * x @ a.T @ b.T
+    unit = w0 / w0.square().mean().sqrt()
+    plain = x @ w0.T + s * x @ (b @ a * (unit if place == "product" else 1)).T
     with torch.no_grad():
         delta.offsets.copy_(torch.tensor([0.3, -0.2, 0.1, 0.5, 0.4]))
     model.train()
@@ -640,6 +644,7 @@ def test_deltas_in_closed_form(place):
         "token": lambda: s * (h * (1 + expected(h.norm(dim=-1, keepdim=True), False))) @ b.T,
         "gate": lambda: s * h @ b.T * (1 + expected(x @ w0.T, False)),
         "base": lambda: s * x @ (b @ a * (1 + expected(w0, False))).T,
+        "product": lambda: s * x @ (b @ a * (unit + expected(w0, False))).T,
         "output": lambda: s * h @ b.T + expected(s * h @ b.T, True),
         "bottleneck": lambda: s * (h + expected(h, True)) @ b.T,
         "factor": lambda: s * h @ (b + expected(b, True)).T,

@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -160,6 +169,18 @@ def test_other_methods_load_as_before(tmp_path):
     with pytest.warns(UserWarning, match="from_a_later_version"):
         again = PeftModel.from_pretrained(folders.tiny(), tmp_path)
     assert (again.base_model.model[0].lora_A["default"].weight == 1).all()
+
+
+def test_splines_do_not_get_lost_in_a_plain_lora(tmp_path):
+    settings = {"r": 2, "target_modules": ["0"]}
+    model = get_peft_model(folders.tiny(), LSLoraConfig(**settings))
+    model.save_pretrained(tmp_path)
+    lost = "'default' must have an LSLoraConfig to be given splines (.*lora_spline.*), got a LoraConfig"
+    with pytest.raises(ValueError, match=lost):
+        PeftModel.from_pretrained(folders.tiny(), tmp_path, config=LoraConfig(**settings))
+    plain = inject_adapter_in_model(LoraConfig(**settings), folders.tiny())
+    with pytest.raises(ValueError, match=lost):
+        set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "with.dot", "", "nul\0", "a\\b"])

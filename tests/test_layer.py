@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lslora import LSLoraConfig, LSLoraLayer, Spline
@@ -382,6 +382,27 @@ def test_experts_that_are_parameters_are_refused_and_not_left_out():
     with pytest.raises(ValueError, match="'gate_up_proj'. are parameters of this model"):
         get_peft_model(MixtralForCausalLM(config), LSLoraConfig(target_modules=targets))
     get_peft_model(MixtralForCausalLM(config), LSLoraConfig(target_modules=["q_proj"]))
+
+
+def test_shared_experts_are_layers_and_named_by_their_way():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 4, "kv_lora_rank": 4, "v_head_dim": 4}
+    heads |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    groups = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+    }
+    config = DeepseekV3Config(vocab_size=32, **sizes, **heads, **groups)
+    named = ["o_proj", "shared_experts.up_proj", "shared_experts.down_proj"]
+    model = get_peft_model(DeepseekV3ForCausalLM(config), LSLoraConfig(target_modules=named))
+    adapted = {name.partition(".layers.0.")[2] for name, m in model.named_modules() if isinstance(m, LSLoraLayer)}
+    assert adapted == {"self_attn.o_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj"}
+    for other in ([*named, "gate_proj", "up_proj"], "all-linear"):
+        with pytest.raises(ValueError, match="Name other layers"):
+            get_peft_model(DeepseekV3ForCausalLM(config), LSLoraConfig(target_modules=other))
 
 
 def test_saving_as_lora_of_twice_the_rank_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
@@ -94,6 +95,29 @@ def test_at_the_start_the_model_is_its_base_and_learns_as_plain_lora(placement):
     torch.testing.assert_close(outputs[1], outputs[0])
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_scale_of_zero_is_no_update_and_another_goes_into_the_spline(placement, fast, monkeypatch):
+    if not fast:
+        monkeypatch.setattr("lslora.layer.whole_layer", lambda *_: None)
+    model, x = adapted(placement=placement), torch.randn(7, 6)
+    for _, layer in _layers(model):
+        assert phi(layer)(torch.zeros(1)).abs() > 0.01
+    with model.disable_adapter():
+        base = model(x)
+    with rescale_adapter_scale(model, 0.0):
+        assert torch.equal(model(x), base)
+        if placement == "weight":
+            assert not any(layer.get_delta_weight("default").any() for _, layer in _layers(model))
+    for _, layer in _layers(model):
+        x, a, b = torch.randn(7, layer.in_features), layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        update = closed_form(placement, phi(layer), a, b / 4, x)
+        if placement == "bottleneck":
+            assert torch.equal(update, closed_form(placement, phi(layer), a, b, x) / 4)
+        with rescale_adapter_scale(layer, 0.25):
+            torch.testing.assert_close(layer(x), layer.base_layer(x) + update)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

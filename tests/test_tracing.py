@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,6 +70,15 @@ def test_torch_func_differentiates_and_maps(placement):
     step = 1e-3
     numeric = (model(X + step) - model(X - step)) / (2 * step)
     torch.testing.assert_close(slope, numeric.detach(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_forward_mode_gradients_are_those_of_torch_func(placement):
+    model, direction = made(placement), torch.ones_like(X)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(X, direction))).tangent
+    _, expected = torch.func.jvp(model, (X,), (direction,))
+    torch.testing.assert_close(tangent, expected)
 
 
 def test_dispatch_modes_see_as_many_products_as_in_plain_lora():

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.optimization import Adafactor
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from trl import SFTConfig, SFTTrainer
 
 from lslora import LSLoraConfig, Spline, spline_penalty
@@ -381,3 +382,10 @@ def test_an_optimizer_with_its_scheduler_must_know_the_splines(tmp_path):
     assert trained(separated=True) == pytest.approx([1e-3, 4e-3])
     with pytest.raises(ValueError, match="separate_spline_group before the scheduler is made"):
         trained(separated=False)
+
+
+def test_a_layer_wise_optimizer_is_refused(tmp_path):
+    settings = {"optimizers": (LayerWiseDummyOptimizer(), None)}
+    trainer = sft(tmp_path, model(), trainer=SplineSFTTrainer, trainer_settings=settings)
+    with pytest.raises(ValueError, match="takes its steps within the backward pass"):
+        trainer.create_optimizer()

@@ -1,7 +1,7 @@
 """Adapters that may come from anyone are checked before peft makes layers and reads tensors.
 
-peft reads a config before it knows whose it is, and tensors without asking the method. So its two functions that do
-are put behind checks, in memory; adapters of other methods load as before.
+peft reads a config before it knows whose it is, and tensors without asking the method. So its functions that do are
+put behind checks, in memory; adapters of other methods load as before, unless what they load has splines.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .adapter_files import check_adapter_files
@@ -27,6 +28,7 @@ def install() -> None:
     """Put the checks in place; once, since what they wrap is peft's own."""
     _guard_configs()
     _guard_tensors()
+    _guard_plain_lora()
 
 
 def _guard_configs() -> None:
@@ -81,6 +83,24 @@ def _guard_tensors() -> None:
             raise ValueError(f"{folder}: the checkpoint has no {error}, which its config asks for") from error
 
     PeftModel.load_adapter = load_adapter
+
+
+def _guard_plain_lora() -> None:
+    """A LoRA adapter would take A and B of an LS-LoRA adapter, and only warn that it has no use for the splines."""
+    original = LoraModel._remap_adapter_state_dict_for_load.__func__
+
+    @classmethod  # type: ignore[misc]
+    @functools.wraps(original)
+    def remap(cls: type, model: Any, config: PeftConfig, adapter_name: str, state_dict: dict[str, Any]) -> Any:
+        spline = next((key for key in state_dict if ".lora_spline." in key), None)
+        if spline is not None and not isinstance(config, LSLoraConfig):
+            raise ValueError(
+                f"the adapter {adapter_name!r} must have an LSLoraConfig to be given splines ({spline}), got a "
+                f"{type(config).__name__}, whose update is linear"
+            )
+        return original(cls, model, config, adapter_name, state_dict)
+
+    LoraModel._remap_adapter_state_dict_for_load = remap
 
 
 def _folder_of(model_id: Any, hub: dict[str, Any]) -> Path:

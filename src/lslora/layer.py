@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from .config import LSLoraConfig
-from .placement import PLACEMENTS, whole_layer
+from .placement import PLACEMENTS, is_off, whole_layer
 
 NO_MERGE = (
     "LS-LoRA cannot be merged into the base weight unless placement='weight': its update is not linear in x. "
@@ -51,7 +51,8 @@ class LSLoraLayer:
         """What merging adds to the base weight; raise ValueError where the update is not linear in x."""
         self.check_mergeable([adapter])
         delta = super().get_delta_weight(adapter)  # type: ignore[misc]
-        return self.lora_spline[adapter](delta) if adapter in self.lora_spline else delta
+        plain = adapter not in self.lora_spline or is_off(self.scaling[adapter])  # type: ignore[attr-defined]
+        return delta if plain else self.lora_spline[adapter](delta)
 
     def check_mergeable(self, adapter_names: list[str] | None = None) -> None:
         """Raise ValueError unless all of these adapters, by default the active ones, are linear in x."""

@@ -133,13 +133,21 @@ def _check_targets(config: LSLoraConfig, model: nn.Module) -> None:
         if config.placement == "weight" and isinstance(base, CONVOLUTIONS):
             raise ValueError(f"{NO_CONVOLUTIONS} ({name})")
     as_lora = _as_lora(config)
-    if hasattr(model, "config"):
+    if isinstance(as_lora.target_modules, set):
+        # Those with a part of the way to a layer; by the last name alone peft would take them for an expert's.
+        as_lora.target_modules = {t for t in as_lora.target_modules if "." not in t or not _is_layer(t, model)}
+    if hasattr(model, "config") and as_lora.target_modules:
         convert_peft_config_for_transformers(as_lora, model, conversions=None)
     if as_lora.target_parameters:
         raise ValueError(
-            f"target_modules must name layers, but {sorted(as_lora.target_parameters)} are parameters of this model, "
-            "in which peft merges the update: LS-LoRA cannot do that"
+            f"target_modules must name layers, but {sorted(as_lora.target_parameters)} are parameters of this model "
+            "(the experts of a mixture), in which peft merges the update: LS-LoRA cannot do that. Name other layers, "
+            "those of the attention for example, one by one; 'all-linear' means the experts too"
         )
+
+
+def _is_layer(target: str, model: nn.Module) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules())
 
 
 def _as_lora(config: LSLoraConfig) -> LSLoraConfig:

@@ -2,7 +2,8 @@
 
 Each adds its update to the base layer's `result` and returns that in the dtype of `result`. A, B are the adapter's
 weights, `s` its scaling, φ its spline with both scales, `x` (…, in) with dropout applied. For an embedding `A x` is a
-column of A for every token, and the update is scaled as the base layer scales its vectors (Gemma's do).
+column of A for every token, and the update is scaled as the base layer scales its vectors (Gemma's do). With `s = 0`
+there is no update, whatever φ(0) has become; any other `s` that an adapter is given after its training goes into φ.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class OutputVariant(SplineVariant):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         a = adapter(module, active_adapter)
+        if is_off(a.scaling):
+            return result
         h, weight = a.A(x), _weight_alone(a.B)
         if weight is not None and _is_plain(a.spline, Spline):
             updated = a.spline.update(result, h, weight, a.scaling)
@@ -63,10 +66,10 @@ def whole_layer(module: Any, x: Tensor) -> Tensor | None:
     if type(module.lora_variant.get(name)) is not OutputVariant or not _is_plain(base, nn.Linear):
         return None
     spline, dropout = parts["lora_spline"][name], parts["lora_dropout"][name]
-    a, b = _weight_alone(parts["lora_A"][name]), _weight_alone(parts["lora_B"][name])
-    if a is None or b is None or not _is_plain(spline, Spline):
+    a, b, scaling = _weight_alone(parts["lora_A"][name]), _weight_alone(parts["lora_B"][name]), module.scaling[name]
+    if a is None or b is None or is_off(scaling) or not _is_plain(spline, Spline):
         return None
-    return spline.adapted_linear(x, base, dropout, a, b, module.scaling[name])
+    return spline.adapted_linear(x, base, dropout, a, b, scaling)
 
 
 class BottleneckVariant(SplineVariant):
@@ -92,6 +95,8 @@ class WeightVariant(SplineVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        if is_off(module.scaling[active_adapter]):
+            return result
         if isinstance(module, Embedding):
             update = _as_base(module, module._embed(x, module.get_delta_weight(active_adapter)))
         else:
@@ -118,6 +123,11 @@ NO_CONVOLUTIONS = "placement='weight' does not support convolutions"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 HOOKS_ON_ALL = tuple(getattr(everywhere, f"_global{hooks}") for hooks in HOOKS)
 PLACEMENTS = {"output": OutputVariant, "bottleneck": BottleneckVariant, "weight": WeightVariant}
+
+
+def is_off(scaling: float | Tensor) -> bool:
+    """Whether an adapter was switched off by a scale of 0; a tensor is a scale that compiled code must not ask for."""
+    return not isinstance(scaling, Tensor) and scaling == 0
 
 
 def _delta(module: Any, name: str, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from .calibration import count_step
 from .diagnostics import spline_metrics
@@ -113,8 +114,9 @@ class SplineTrainerMixin:
     Raises:
         FloatingPointError: in training, when the loss or a gradient is not finite; it names the step, the layer where
             that begins and its spline's state.
-        ValueError: `spline_lr` is not positive, DeepSpeed is set to its own optimizer or to fp16, or the trainer
-            is given an optimizer and a scheduler that know of no group for the splines.
+        ValueError: `spline_lr` is not positive, DeepSpeed is set to its own optimizer or to fp16, the optimizer is
+            a layer-wise one, or the trainer is given an optimizer and a scheduler that know of no group for the
+            splines.
     """
 
     def __init__(self, *args: Any, spline_lr: float | None = None, **kwargs: Any) -> None:
@@ -142,6 +144,11 @@ class SplineTrainerMixin:
         inner = getattr(optimizer, "optimizer", optimizer)
         if inner is self._separated:
             return optimizer
+        if isinstance(inner, LayerWiseDummyOptimizer):
+            raise ValueError(
+                "a layer-wise optimizer (optim='..._layerwise') takes its steps within the backward pass, past the "
+                "splines' learning rate and the check of the gradients: take the same one without _layerwise"
+            )
         model, scheduler = self.model, self.lr_scheduler  # type: ignore[attr-defined]
         if scheduler is None:
             separate_spline_group(optimizer, model, lr=self.spline_lr)

@@ -107,9 +107,9 @@ def disable_and_unload(placement: str) -> None:
         assert torch.equal(logits(model.unload()), expected)
 
 
-@operation(GROUP, "rescale_adapter_scale")
+@operation(GROUP, "rescale_adapter_scale, to 0")
 def rescale(placement: str) -> None:
-    model = adapted(placement)
+    model = bend(adapted(placement))
     with may_be_refused(), rescale_adapter_scale(model, 0.0):
         scaled = logits(model)
     torch.testing.assert_close(scaled, logits(llama()))

@@ -43,10 +43,10 @@ def splines(model: nn.Module) -> list[Spline]:
 
 
 def bend(model: nn.Module) -> nn.Module:
-    """Give every spline a shape of its own."""
+    """Give every spline a shape of its own, with φ(0) ≠ 0."""
     generator = torch.Generator().manual_seed(2)
     for spline in splines(model):
-        spline.values = spline.grid * (1 + torch.rand(len(spline.weight), generator=generator))
+        spline.values = 0.1 + spline.grid * (1 + torch.rand(len(spline.weight), generator=generator))
     return model
 
 

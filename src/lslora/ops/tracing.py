@@ -10,11 +10,12 @@ def why_hidden() -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace into it"
     if needs_formula():
-        return "torch.jit.trace and torch.func cannot follow it"
+        return "torch.jit.trace, torch.func and forward-mode gradients cannot follow it"
     # make_fx and the like; on a stack of their own for each thread
     return "a dispatch mode would not see it" if torch._C._len_torch_dispatch_stack() else None
 
 
 def needs_formula() -> bool:
     """Whether even an autograd.Function would be passed over or refused: only plain operations of torch will do."""
-    return torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()

@@ -61,19 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    if hidden := bars_hidden(args.quiet):
-        hide_library_bars()
-    try:
-        model, tokenizer = load_model(settings["model_name"], args.adapter, args.dtype)
-    except (OSError, TypeError, ValueError) as error:
-        print(error, file=sys.stderr)
-        partial.close()
-        return 2
     try:
         with partial:
-            answer(args, model, tokenizer, questions, partial, hidden)
-            results = results_of(settings, partial)
-            write_json_whole(args.output, results)
+            results = run(args, settings, questions, partial)
     except OSError as error:  # the disk is full, say; what was answered until then is kept
         print(f"{args.output} could not be written: {error}", file=sys.stderr)
         return 1
@@ -83,10 +73,29 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; what was answered is kept in {partial.path}: start again", file=sys.stderr)
         return 128 + signal.SIGINT
+    if results is None:
+        return 2
     partial.delete()
     if not args.quiet:
         report(results)
     return 0
+
+
+def run(
+    args: argparse.Namespace, settings: dict[str, Any], questions: Questions, partial: PartialResults
+) -> dict[str, Any] | None:
+    """Load the model, let it answer and write the results; None, with the reason told, if it cannot be loaded."""
+    if hidden := bars_hidden(args.quiet):
+        hide_library_bars()
+    try:
+        model, tokenizer = load_model(settings["model_name"], args.adapter, args.dtype)
+    except (OSError, TypeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return None
+    answer(args, model, tokenizer, questions, partial, hidden)
+    results = results_of(settings, partial)
+    write_json_whole(args.output, results)
+    return results
 
 
 def parser() -> argparse.ArgumentParser:

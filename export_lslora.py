@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer
 
 from eval_lslora import base_name, check_base, check_questions, load_model, positive
+from lslora.config_file import read_object
 from lslora.data import Example, Row, are_conversations, load_examples, load_rows
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
 from lslora.files import write_whole
+from lslora.lengths import position_limit_of
 from lslora.progress import bars_hidden, hide_library_bars, hide_library_warnings
 from lslora.prompts import example_ids
 from lslora.scoring import compare, format_comparison, format_table, summarize
@@ -43,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         base = base_name(args.adapter, args.model_name)
         check_output(args.output)
         check_base(base)
+        check_lengths(base, examples, str(args.dataset))
         check_questions(
             base,
             eval_rows,
@@ -68,17 +72,35 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_name", metavar="NAME", help="base model; by default the one the adapter names")
     parser.add_argument("--rows", type=positive, default=200, metavar="N", help="fit on its first N rows")
     parser.add_argument("--rank", type=positive, metavar="R", help="of the plain adapter; by default the same")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="largest relative error of a layer's update")
+    parser.add_argument("--tolerance", type=tolerance, default=0.1, help="largest relative error of a layer's update")
     parser.add_argument("--eval_dataset", type=Path, metavar="FILE", help="rows to answer before and after")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no tables, only errors")
     return parser
 
 
+def tolerance(text: str) -> float:
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {number}")
+    return number
+
+
 def check_output(folder: Path) -> None:
     """ValueError for a folder with an LS-LoRA adapter, the one to export or another: it would be gone."""
     path = folder / "adapter_config.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("peft_type") == "LSLORA":
+    if path.is_file() and read_object(path).get("peft_type") == "LSLORA":
         raise ValueError(f"--output must not be the folder of an LS-LoRA adapter, which would be lost, got {folder}")
+
+
+def check_lengths(base: str, examples: list[Example], dataset: str) -> None:
+    """ValueError for an example that is longer than the model has positions for."""
+    positions = position_limit_of(base)
+    if positions is None:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    for number, example in enumerate(examples, start=1):
+        if (length := len(example_ids(tokenizer, example))) > positions:
+            raise ValueError(f"{dataset}: row {number} must have at most the model's {positions} tokens, got {length}")
 
 
 def export(args: argparse.Namespace, base: str, examples: list[Example], eval_rows: list[Row]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -189,12 +190,17 @@ def test_a_state_dict_of_plain_lora_is_refused():
 
 def test_other_adapters_and_the_base_may_be_loaded_alone():
     model = adapted()
-    logits = model(IDS).logits
     model.add_adapter("other", LSLoraConfig(target_modules=["q_proj"]))
-    set_peft_model_state_dict(model, get_peft_model_state_dict(adapted(), adapter_name="default"))
-    base = {k: v for k, v in model.state_dict().items() if "lora" not in k}
+    before = copy.deepcopy(model.state_dict())
+    higher = {name: tensor + 1 for name, tensor in get_peft_model_state_dict(model, adapter_name="default").items()}
+    set_peft_model_state_dict(model, higher)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, before[name] + (".default" in name), msg=name)
+    base = {name: tensor * 2 for name, tensor in before.items() if "lora" not in name}
     model.load_state_dict(base, strict=False)
-    assert model(IDS).logits.shape == logits.shape
+    for name, tensor in model.state_dict().items():
+        expected = before[name] + 1 if ".default" in name else base.get(name, before[name])
+        torch.testing.assert_close(tensor, expected, msg=name)
 
 
 def test_embeddings_are_checked_too():
@@ -211,7 +217,11 @@ def test_embeddings_are_checked_too():
 def test_an_adapter_whose_name_begins_like_anothers_loads_alone(base):
     model = get_peft_model(nn.Sequential(base()), LSLoraConfig(target_modules=["0"]), adapter_name="a")
     model.add_adapter("ab", LSLoraConfig(target_modules=["0"]))
-    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name="ab"), adapter_name="ab")
+    before = copy.deepcopy(model.state_dict())
+    higher = {name: tensor + 1 for name, tensor in get_peft_model_state_dict(model, adapter_name="ab").items()}
+    set_peft_model_state_dict(model, higher, adapter_name="ab")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name] + bool(re.search(r"\.ab\b", name))), name
 
 
 CONFIGS = st.fixed_dictionaries(

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from peft import LoraConfig, PeftConfig, PeftType
 
+import lslora.config
 from lslora import LSLoraConfig
 from lslora.ops.spline import EXTRAPOLATIONS, INTERPOLATION_METHODS
 
@@ -51,7 +52,8 @@ def test_recommended_settings_keep_what_is_asked_for():
         ({"k_max": "3"}, TypeError, "k_max must be a number, got '3'"),
         ({"spline_reg_weight": -0.1}, ValueError, "spline_reg_weight must not be negative, got -0.1"),
         ({"spline_reg_weight": float("nan")}, ValueError, "spline_reg_weight must be finite, got nan"),
-        ({"soft_temperature": 0.0}, ValueError, "soft_temperature must be positive, got 0.0"),
+        ({"soft_temperature": 0.0}, ValueError, "soft_temperature must be within .*, got 0.0"),
+        ({"target_modules": 3}, TypeError, "target_modules must be names of modules, got 3"),
         ({"interpolation_method": "cubic"}, ValueError, "interpolation_method must be one of .*, got 'cubic'"),
         ({"extrapolation": "constant"}, ValueError, "extrapolation must be one of .*, got 'constant'"),
         ({"learn_scales": 1}, TypeError, "learn_scales must be True or False, got 1"),
@@ -96,6 +98,8 @@ def test_supported_initialisations(init):
 
 
 def test_every_method_the_operation_knows_can_be_configured():
+    assert lslora.config.INTERPOLATION_METHODS == INTERPOLATION_METHODS
+    assert lslora.config.EXTRAPOLATIONS == EXTRAPOLATIONS
     for method in INTERPOLATION_METHODS:
         for extrapolation in EXTRAPOLATIONS:
             LSLoraConfig(interpolation_method=method, extrapolation=extrapolation)

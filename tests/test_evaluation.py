@@ -8,6 +8,7 @@ import resource
 import sys
 import tracemalloc
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -860,6 +861,17 @@ def test_script_refuses_bad_input_before_the_model_is_loaded(
     assert script.main(command(arguments | arguments_changed)) == 2
     assert message in capsys.readouterr().err
     assert not arguments["--output"].parent.exists()
+
+
+@pytest.mark.parametrize(("end", "status"), [(KeyboardInterrupt, 130), (OSError, 2), (MemoryError, None)])
+def test_script_leaves_nothing_behind_when_the_model_cannot_be_loaded(script, arguments, monkeypatch, end, status):
+    def load_model(*_):
+        raise end("no more")
+
+    monkeypatch.setattr(script, "load_model", load_model)
+    with nullcontext() if status else pytest.raises(end):
+        assert script.main(command(arguments)) == status
+    assert not list(arguments["--output"].parent.iterdir())
 
 
 def test_script_draws_a_limited_sample_by_seed_and_names_tasks_after_files(script, tmp_path):

@@ -142,9 +142,12 @@ def fixed_backend(backend, monkeypatch):
     return torch.float64 if backend is eager else torch.float32
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# Of 33 knots in fp32 t may fall on the other side of one: the test after this one has those.
+KNOTS = [(backend, knots) for backend in BACKENDS for knots in (2, 3, 5, 9, 33) if backend is eager or knots < 33]
+
+
+@pytest.mark.parametrize(("backend", "num_knots"), KNOTS)
 @pytest.mark.parametrize("extrapolation", EXTRAPOLATIONS)
-@pytest.mark.parametrize("num_knots", [2, 3, 5, 9, 33])
 @pytest.mark.parametrize("shape", [(0, 7), (1,), (3, 5, 7), (101,)])
 def test_written_gradients_equal_autograd_of_the_reference(backend, extrapolation, num_knots, shape, monkeypatch):
     dtype = fixed_backend(backend, monkeypatch)
@@ -152,8 +155,6 @@ def test_written_gradients_equal_autograd_of_the_reference(backend, extrapolatio
     z = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
     z.view(-1)[: min(num_knots, z.numel())] = torch.linspace(-3, 3, num_knots, dtype=torch.float64)[: z.numel()]
     z = z.float().double()
-    if backend is not eager and num_knots == 33:  # in fp32 t may fall on the other side of a knot
-        z = z[..., :0] if z.ndim > 1 else z[:0]
     grad = torch.randn(z.shape, generator=generator, dtype=torch.float64)
 
     def results(function, dtype):

@@ -405,8 +405,23 @@ def test_a_model_with_a_table_of_positions_is_not_trained_beyond_it(tiny, tmp_pa
     assert "error: max_length must be at most the model's 40 tokens, got 512" in capsys.readouterr().err
     assert run(tiny, tmp_path / "out", *more, "--max_length", 40) == 2
     assert "eval.jsonl: row 2: with its answer it must have at most the model's 40 tokens" in capsys.readouterr().err
+    export = ["--adapter", tmp_path / "out", "--dataset", rows, "--output", tmp_path / "plain"]
+    long = rows.read_text()
     written(rows, ROWS[:1])
     assert run(tiny, tmp_path / "out", *more, "--max_length", 40) == 0
+    rows.write_text(long)
+    assert export_lslora.main([str(a) for a in export]) == 2
+    assert "eval.jsonl: row 2 must have at most the model's 40 tokens" in capsys.readouterr().err
+
+
+def test_an_export_that_cannot_end_well_stops_before_the_model_is_loaded(tmp_path, capsys):
+    arguments = ["--adapter", str(tmp_path), "--dataset", "rows.jsonl", "--output", str(tmp_path / "plain")]
+    with pytest.raises(SystemExit, match="2"):
+        export_lslora.main([*arguments, "--tolerance", "-1"])
+    assert "--tolerance: must not be negative, got -1.0" in capsys.readouterr().err
+    (tmp_path / "adapter_config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match="adapter_config.json"):
+        export_lslora.check_output(tmp_path)
 
 
 def test_recipes_that_cannot_run_stop_at_once():

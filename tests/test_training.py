@@ -158,6 +158,23 @@ def test_penalties_of_splines_that_differ_are_each_their_own():
         torch.testing.assert_close(before - weight, gradient)
 
 
+def test_parts_of_splines_have_the_penalty_of_their_knots():
+    """As FSDP 1 leaves them to a process whose share of the parameters ends within a spline."""
+    whole, parted = (model(offset=0.3, spline_reg_weight=0.7) for _ in range(2))
+    for peft_model in (whole, parted):
+        for spline in splines(peft_model):
+            spline.values = [-3.5, -1.0, 0.2, 1.5, 3.1]
+    first = splines(parted)[0]
+    first.weight = torch.nn.Parameter(first.weight.detach()[:2].clone())
+    for spline in (*splines(whole), *splines(parted)):
+        spline.weight.grad = torch.zeros_like(spline.weight)
+    torch.optim.SGD([spline.weight for peft_model in (whole, parted) for spline in splines(peft_model)], lr=1.0).step()
+    torch.testing.assert_close(first.weight, splines(whole)[0].weight[:2])
+    for one, other in zip(splines(whole)[1:], splines(parted)[1:], strict=True):
+        torch.testing.assert_close(other.weight, one.weight)
+    assert (first.weight - torch.tensor([-0.5, 0.5])).abs().min() > 0.01
+
+
 def test_penalty_reaches_copies_and_only_what_is_stepped():
     first = model(offset=0.2, spline_reg_weight=1.0)
     second = copy.deepcopy(first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal
@@ -154,6 +155,8 @@ class LSLoraConfig(LoraConfig):
         literal = ("target_modules", "exclude_modules", "modules_to_save")
         for option in (*literal, "layers_pattern", "rank_pattern", "alpha_pattern"):
             value = getattr(self, option)
+            if not isinstance(value, str | Iterable | None):
+                raise TypeError(f"{option} must be names of modules, got {brief(value)}")
             for name in [value] if isinstance(value, str) else value or ():
                 if not isinstance(name, str) or any(char == "/" or ord(char) < 32 for char in name):
                     raise ValueError(f"{option} must hold names of modules, got {brief(name)}")
@@ -186,8 +189,6 @@ class LSLoraConfig(LoraConfig):
             )
         if self.spline_reg_weight < 0:
             raise ValueError(f"spline_reg_weight must not be negative, got {self.spline_reg_weight}")
-        if self.soft_temperature <= 0:
-            raise ValueError(f"soft_temperature must be positive, got {self.soft_temperature}")
         if not SOFT_TEMPERATURES[0] <= self.soft_temperature <= SOFT_TEMPERATURES[1]:
             raise ValueError(f"soft_temperature must be within {SOFT_TEMPERATURES}, got {self.soft_temperature}")
         if self.interpolation_method not in INTERPOLATION_METHODS:

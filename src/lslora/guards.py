@@ -57,10 +57,8 @@ def _checked(path: Path) -> dict[str, Any]:
     settings = read_settings(path, LSLoraConfig)
     try:
         config = LSLoraConfig(**settings)
-    except TypeError as error:
-        raise TypeError(f"{path}: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
     if any((path.parent / name).exists() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         check_adapter_files(path.parent, config)
     return settings

@@ -75,8 +75,10 @@ def add_gradients(optimizer: Optimizer) -> None:
         if not spline.spline_reg_weight or spline.micro_batches is not None:
             continue
         if weight.requires_grad and weight.grad is not None and sign:
-            grid = spline.num_knots, spline.spline_reg_weight, spline.grid_scale is None
-            due.setdefault((sign, weight.device, weight.dtype, *grid), []).append(spline)
+            kind = spline.num_knots, spline.spline_reg_weight, spline.grid_scale is None
+            # Of a spline on the border between two processes FSDP 1 leaves either a part of the knots.
+            part = weight.device, weight.dtype, _local(weight).shape
+            due.setdefault((sign, *part, *kind), []).append(spline)
     for (sign, *_), alike in due.items():
         gradients = _gradients(alike) * sign
         if scale is not None:

@@ -255,7 +255,9 @@ void spline_backward(const float *g, const float *input, float *grad, long n, co
         for (int k = 0; k < width; k++) sums[k] += rows[block * width + k];
 }
 
-/* From the sums the gradients of the offsets (K numbers), input_scale and output_scale; see from_ramps. */
+/* From the sums the gradients of the offsets (K numbers), input_scale and output_scale. Ramp j rises from 0 to 1 over
+   interval j, and the first and the last go on beyond the grid: a knot's weight is the ramp before it less the one after
+   it. And as phi = u + delta is linear in the offsets, the sum of g delta is that of offset times gradient over knots. */
 void spline_gradients(const Spline *spline, const double *sums, float *out) {
     const int count = spline->knots - 1;
     const double stretch = stretch_of(spline), scale = stretch * scale_of(spline, spline->scale_out);

@@ -110,22 +110,6 @@ def knot_weight(p: Tensor, knot: int, num_knots: int) -> Tensor:
     return weight
 
 
-def from_ramps(
-    ramps: Tensor, g: Tensor, value: Tensor, slope_c: Tensor, offsets: Tensor, output_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `offsets` (K,), `input_scale` and `output_scale` (1,) from sums over the elements.
-
-    `ramps[j] = Σ g ramp_j(p)`, (K − 1,), where ramp_j rises from 0 to 1 over interval j; the first and the last go on
-    where p does. `g = Σ g`, `value = Σ g u` and `slope_c = Σ g φ'(t) c`, (1,), with c the clamped z and u the clamped
-    `t = input_scale c`. A knot's weight is the ramp before it less the one after it (`knot_weight`), and since
-    `φ = u + δ(p)` is linear in the offsets, `Σ g δ = Σ_i offset_i · ∂/∂offset_i`.
-    """
-    knots = -torch.cat([g, ramps, torch.zeros_like(g)]).diff()
-    grad_output_scale = value + (knots * offsets).sum()
-    dtype = offsets.dtype
-    return (output_scale * knots).to(dtype), (output_scale * slope_c).to(dtype), grad_output_scale.to(dtype)
-
-
 def soft_value(t: Tensor, offsets: Tensor, grid: Grid, soft_temperature: float) -> Tensor:
     """φ(t) = `t + Σ_i w_i(t) · offset_i` with `w_i = softmax_i(−(t − k_i)² / (2 τ²))`, `τ = soft_temperature · Δk`."""
     num_knots = len(offsets)

@@ -110,7 +110,7 @@ def finish(
     sums_at, programs, offset_at, scale_out, grad_offset_at, grad_scale_in_at, grad_scale_out_at,
     last: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """The spline's gradients from the sums, (programs, width); see `reference.from_ramps`."""
+    """The spline's gradients from the sums, (programs, width); from a ramp for each interval (`cpu.c`)."""
     at_once: tl.constexpr = SUMS_AT_ONCE // width
     i = tl.arange(0, width)
     of_scales = grad_scale_out_at is not None or grad_scale_in_at is not None

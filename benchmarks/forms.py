@@ -27,15 +27,11 @@ from .elsewhere import QUANTILE, Delta
 FIXED = {
     "identity": lambda t: t,
     "leaky": lambda t: leaky_relu(t, 0.5),
-    "relu": lambda t: t.relu(),
-    "abs": lambda t: t.abs(),
     "gelu": lambda t: gelu(4 * t) / 4,
-    "tanh": lambda t: t.tanh(),
     "sinh": lambda t: (2 * t).sinh() / 2,
     "dead_zone": lambda t: softshrink(t, 0.25),
     "clip": lambda t: t.clamp(-1, 1),
     "sine": lambda t: (math.pi * t).sin() / math.pi,
-    "wave": lambda t: t + (2 * math.pi * t).sin() / (2 * math.pi),
 }
 
 

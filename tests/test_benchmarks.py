@@ -575,7 +575,7 @@ def test_unknown_methods_and_options_raise():
     with pytest.raises(ValueError, match="hira takes no options, got \\['alpha_ratio'\\]"):
         adapted_by({"kind": "hira", "alpha_ratio": 10})
     with pytest.raises(ValueError, match="spline_hold is for the splines of lslora, got kind 'form'"):
-        adapted_by({"kind": "form", "placement": "output", "shape": "abs", "spline_hold": 0.8})
+        adapted_by({"kind": "form", "placement": "output", "shape": "leaky", "spline_hold": 0.8})
 
 
 def test_hira_multiplies_the_base_weight():
@@ -588,7 +588,10 @@ def test_hira_multiplies_the_base_weight():
 
 
 @pytest.mark.parametrize("placement", ["output", "bottleneck", "weight", "factor"])
-@pytest.mark.parametrize(("shape", "function"), [("sine", lambda t: math.sin(math.pi * t) / math.pi), ("abs", abs)])
+@pytest.mark.parametrize(
+    ("shape", "function"),
+    [("sine", lambda t: math.sin(math.pi * t) / math.pi), ("clip", lambda t: max(-1.0, min(1.0, t)))],
+)
 def test_forms_in_closed_form(placement, shape, function):
     from benchmarks.forms import Form
 

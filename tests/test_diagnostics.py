@@ -21,8 +21,10 @@ from lslora.diagnostics import (
     trained_records,
 )
 from lslora.records import (
+    averages,
     live_intervals,
     load_records,
+    mean_live,
     mean_metrics,
     save_records,
     spline_table,
@@ -103,6 +105,14 @@ def test_what_is_no_number_counts_as_above_the_grid():
     occupancy.add("layer", spline, torch.tensor([-torch.inf, -3e38, -0.4, 0.4, 3e38, torch.inf, torch.nan]))
     below, *inner, above = occupancy.counts["layer"].tolist()
     assert (below, sum(inner[: BINS // 2]), sum(inner[BINS // 2 :]), above) == (2, 1, 1, 3)
+
+
+def test_nothing_has_no_averages(tmp_path):
+    assert mean_metrics([]) == {} and mean_live([]) is None
+    for use in (averages, spline_table, lambda records: save_records(records, tmp_path / "none.json")):
+        with pytest.raises(ValueError, match="records must have a layer, got none"):
+            use([])
+    assert not list(tmp_path.iterdir())
 
 
 def test_files(tmp_path):

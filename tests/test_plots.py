@@ -107,6 +107,12 @@ def test_occupancy_of_those_that_were_observed():
         plot_occupancy([record("0")])
 
 
+@pytest.mark.parametrize("draw", [plot_splines, plot_deviations, plot_heatmap])
+def test_no_records_are_no_picture(draw):
+    with pytest.raises(ValueError, match="records must have a layer, got none"):
+        draw([])
+
+
 def test_a_course_without_entries_is_refused():
     with pytest.raises(ValueError, match="fewer steps than logging_steps"):
         plot_course([])

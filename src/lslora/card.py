@@ -26,9 +26,15 @@ def model_card(
     Args:
         model_name: The base model, as given to training.
         method: `"lslora"` or `"lora"`.
-        settings: Name to value of everything the run was told.
+        settings: Name to value of everything the run was told, `dataset_path` among it.
         losses: The training losses as logged, in nats a token.
         accuracy: Heading to summary (`lslora.scoring.summarize`), if the run was evaluated.
+
+    Returns:
+        The text, which ends with a new line.
+
+    Raises:
+        KeyError: `method` is another, or `settings` has no `dataset_path`.
     """
     title, data = TITLES[method], Path(settings["dataset_path"]).name
     sections = [

@@ -205,6 +205,9 @@ def generate_answers(
 
     Returns:
         For every row the text after the prompt, without special tokens.
+
+    Raises:
+        ValueError: a prompt fills the model's positions, or the chat template refuses a row.
     """
     prompts = [prompt_ids(tokenizer, row, chat_template=chat_template) for row in rows]
     end_ids = _end_ids(model, tokenizer, chat_template)

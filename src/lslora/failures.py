@@ -11,10 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, distributed, nn
 
 from .diagnostics import trained_records
-from .records import Record
+from .records import UNSTABLE, Record
 from .spline import splines_of
 
-UNSTABLE = 1.0  # slope variance, see lslora.diagnostics
 REMEDY, OF_SPLINES = "a smaller learning rate", ", or a smaller spline_lr"
 
 

@@ -68,6 +68,7 @@ def plot_splines(records: Sequence[Record]) -> Figure:
 
 def plot_deviations(records: Sequence[Record]) -> Figure:
     """`φ(t) − t` against t, one panel for each kind of module, one line a layer, coloured by depth."""
+    _check(records)
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record["layer"].rpartition(".")[2], []).append(record)
@@ -164,8 +165,14 @@ class _Layout(NamedTuple):
     places: list[tuple[Record, int, int]]
 
 
+def _check(records: Sequence[Record]) -> None:
+    if not records:
+        raise ValueError("records must have a layer, got none")
+
+
 def _layout(records: Sequence[Record]) -> _Layout:
     """Rows by what a layer's name has up to its first number, columns by the rest of it."""
+    _check(records)
     split = [re.fullmatch(r"(.*?\d+(?=\.|$))?\.?(.*)", record["layer"]) for record in records]
     keys = [(found[1] or "", found[2]) for found in split if found]
     rows, columns = (list(dict.fromkeys(part)) for part in zip(*keys, strict=True))

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from .files import write_whole
@@ -32,11 +34,20 @@ Record = dict[str, Any]
 AVERAGED = ("deviation", "slope_variance", "input_scale", "output_scale")
 SHOWN = ("layer", "grid", "values", "occupancy", *AVERAGED)  # in tables and pictures
 LIVE_SHARE = 0.01
+CURVED, UNSTABLE = 0.05, 1.0  # slope variance
+LEARNING, OVERFITTING = 0.01, 1.0  # deviation
 
 
-def mean_metrics(records: list[Record]) -> dict[str, float]:
-    """Averages over the records, as `spline/<key>`; empty without any."""
-    return {f"spline/{key}": math.fsum(r[key] for r in records) / len(records) for key in AVERAGED if records}
+def averages(records: Sequence[Record]) -> dict[str, float]:
+    """Means over the layers of what is `AVERAGED`; ValueError without a record."""
+    if not records:
+        raise ValueError("records must have a layer, got none")
+    return {key: fmean(record[key] for record in records) for key in AVERAGED}
+
+
+def mean_metrics(records: Sequence[Record]) -> dict[str, float]:
+    """The averages as `spline/<key>`; empty without a record."""
+    return {f"spline/{key}": mean for key, mean in averages(records).items()} if records else {}
 
 
 def verdict(record: Record) -> str:
@@ -44,13 +55,13 @@ def verdict(record: Record) -> str:
     deviation, slope_variance = record["deviation"], record["slope_variance"]
     if not math.isfinite(deviation + slope_variance):
         return "not finite"
-    if slope_variance > 1.0:
+    if slope_variance > UNSTABLE:
         return "unstable"
-    if deviation > 1.0:
+    if deviation > OVERFITTING:
         return "overfitting"
-    if slope_variance > 0.05:
+    if slope_variance > CURVED:
         return "curved"
-    if deviation >= 0.01:
+    if deviation >= LEARNING:
         return "learning"
     return "barely moved" if deviation > 0 else "identity"
 
@@ -63,11 +74,21 @@ def live_intervals(record: Record) -> float | None:
     return sum(share >= LIVE_SHARE for share in inner) / len(inner)
 
 
+def mean_live(records: Sequence[Record]) -> float | None:
+    """The mean of `live_intervals` over the layers where z was observed, or None if it was in none."""
+    observed = [live for live in map(live_intervals, records) if live is not None]
+    return fmean(observed) if observed else None
+
+
 def save_records(records: list[Record], path: str | Path) -> None:
-    """Write `{"layers": records, "mean": averages, "verdicts": counts}` as JSON, whole or not at all."""
+    """Write `{"layers": records, "mean": averages, "verdicts": counts}` as JSON, whole or not at all.
+
+    Raises:
+        ValueError: there is no record.
+    """
     verdicts = [verdict(record) for record in records]
     summary = {
-        "mean": {key: math.fsum(r[key] for r in records) / len(records) for key in AVERAGED},
+        "mean": averages(records),
         "verdicts": {word: verdicts.count(word) for word in sorted(set(verdicts))},
         "layers": [{**record, "verdict": word} for record, word in zip(records, verdicts, strict=True)],
     }
@@ -91,9 +112,10 @@ def load_records(path: str | Path) -> list[Record]:
 
 
 def spline_table(records: list[Record], max_rows: int = 12) -> Table:
-    """A table for the terminal: the layers that deviate most, and the mean over all of them."""
+    """A table for the terminal: the layers that deviate most, and the mean over all of them; ValueError for none."""
     from rich.table import Table
 
+    means, mean_share = averages(records), mean_live(records)
     table = Table(title=f"Splines of {len(records)} layers, those that deviate most")
     table.add_column("layer", overflow="fold", min_width=10)
     for heading in ("deviation", "slope\nvariance", "input\nscale", "output\nscale", "live\nintervals"):
@@ -109,12 +131,11 @@ def spline_table(records: list[Record], max_rows: int = 12) -> Table:
             "-" if live is None else f"{live:.0%}",
             verdict(record),
         )
-    observed = [live for live in map(live_intervals, records) if live is not None]
     table.add_section()
     table.add_row(
         f"mean of {len(records)}",
-        *(f"{math.fsum(r[key] for r in records) / len(records):.4f}" for key in AVERAGED),
-        f"{math.fsum(observed) / len(observed):.0%}" if observed else "-",
+        *(f"{mean:.4f}" for mean in means.values()),
+        "-" if mean_share is None else f"{mean_share:.0%}",
         "",
     )
     return table

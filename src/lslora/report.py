@@ -24,7 +24,7 @@ from . import plots
 from .callback import DIAGNOSTICS, load_course
 from .checkpoints import last_sealed_checkpoint
 from .files import write_whole
-from .records import AVERAGED, Record, live_intervals, load_records, mean_metrics, verdict
+from .records import AVERAGED, Record, averages, live_intervals, load_records, mean_live, verdict
 from .scoring import format_comparison
 
 RUN = "run.json"
@@ -111,8 +111,6 @@ def _render(
     title: str, state: dict[str, Any], run: dict[str, Any], records: list[Record], course: list[dict[str, Any]]
 ) -> str:
     losses = [entry for entry in state.get("log_history", ()) if "loss" in entry]
-    means = mean_metrics(records)
-    lives = [live for live in map(live_intervals, records) if live is not None]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("lslora").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     return template.render(
@@ -126,8 +124,8 @@ def _render(
         verdict=verdict,
         live_intervals=live_intervals,
         verdicts={word: count for word in plots.COLOURS if (count := list(map(verdict, records)).count(word))},
-        means={key: means[f"spline/{key}"] for key in AVERAGED if records},
-        live=sum(lives) / len(lives) if lives else None,
+        means=averages(records) if records else {},
+        live=mean_live(records),
         pictures={name: _embedded(figure) for name, figure in _figures(losses, run, records, course).items()},
     )
 

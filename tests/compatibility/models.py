@@ -55,7 +55,7 @@ def logits(model: Any, **kwargs: Any) -> Tensor:
     return model(IDS, **kwargs).logits
 
 
-def check_like_lora(placement: str, base: Any = llama, *, init_on: Any = None, **settings: Any) -> None:
+def check_like_lora(placement: str, base: Any = llama, **settings: Any) -> None:
     """At the identity equal to LoRA; splines get gradients; saved and loaded again, equal bit for bit."""
     plain, ours = adapted(None, base(), **settings), adapted(placement, base(), **settings)
     torch.testing.assert_close(logits(ours), logits(plain), rtol=1e-4, atol=1e-4)

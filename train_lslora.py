@@ -7,13 +7,11 @@ written is described in the README, "Training".
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
 import sys
 from contextlib import nullcontext
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,23 +115,13 @@ def recommended_defaults(args: argparse.Namespace) -> dict[str, Any]:
     """What `--recommended` changes in the adapter's and the spline's defaults; flags that are given still win."""
     from lslora import LSLoraConfig
     from lslora.config import RECOMMENDED
+    from lslora.run_folder import earlier_settings
     from lslora.training import RECOMMENDED_SPLINE_LR
 
     steps = earlier_settings(args.output_dir).get("calibration_steps", 0) if args.resume else 0
     config = LSLoraConfig.recommended(r=args.r, calibration_steps=steps or max(1, args.max_steps // 3))
     changed = {name: getattr(config, name) for name in ("lora_alpha", *RECOMMENDED)}
     return changed | {"spline_lr": RECOMMENDED_SPLINE_LR}
-
-
-def earlier_settings(output_dir: str) -> dict[str, Any]:
-    """Those of the run that was here before, as far as they can be read."""
-    from lslora.report import RUN
-
-    try:
-        settings = json.loads(Path(output_dir, RUN).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,7 +176,9 @@ def missing_for(args: argparse.Namespace) -> list[str]:
     """What the explicit choices in `args` and conversations need and is not there; told before anything is loaded."""
     import torch
 
-    missing = []
+    from lslora.run_folder import missing_to_begin, missing_to_resume
+
+    missing, folder = [], args.output_dir
     if (args.load_in_4bit or "bit" in args.optim) and find_spec("bitsandbytes") is None:
         missing.append("bitsandbytes, for --load_in_4bit and 8-bit or paged optimizers: pip install 'lslora[quant]'")
     if args.optim.startswith("paged_") and not torch.cuda.is_available():
@@ -196,58 +186,8 @@ def missing_for(args: argparse.Namespace) -> list[str]:
     for tracker in TRACKERS:
         if tracker in args.report_to and find_spec(tracker) is None:
             missing.append(f"{tracker}, for --report_to {tracker}: pip install {tracker}")
-    missing += missing_to_resume(args) if args.resume else missing_to_begin(args)
+    missing += missing_to_resume(folder, settings_of(args), MAY_CHANGE) if args.resume else missing_to_begin(folder)
     return missing + missing_model(args.model_name, chats=args.chat_template)
-
-
-def missing_to_resume(args: argparse.Namespace) -> list[str]:
-    """What a run must have left here to go on: a whole checkpoint, and the same settings."""
-    from lslora.checkpoints import last_whole_checkpoint
-    from lslora.report import RUN
-
-    checkpoint, problems = last_whole_checkpoint(args.output_dir)
-    if checkpoint is None:
-        return [f"a checkpoint in {args.output_dir} that is whole, to --resume from", *problems]
-    if (done := steps_of(checkpoint)) > args.max_steps:
-        return [f"--max_steps of at least {done}, which {checkpoint} has behind it; got {args.max_steps}"]
-    path = Path(args.output_dir, RUN)
-    if not path.exists():  # the checkpoint came here without it
-        return []
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        now = settings_of(args)
-        different = [
-            f"{name} was {before[name]!r} and is {now[name]!r}" for name in before if before[name] != now[name]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"the settings of the run to --resume, in {path}: {error!r}"]
-    if problem := [line for line in different if line.partition(" ")[0] not in MAY_CHANGE]:
-        return [f"the settings of the run to --resume: {'; '.join(problem)}"]
-    return []
-
-
-def missing_to_begin(args: argparse.Namespace) -> list[str]:
-    """A run that was stopped must not be lost because somebody forgot --resume."""
-    from lslora.checkpoints import last_whole_checkpoint
-    from lslora.report import STATE
-
-    checkpoint, _ = last_whole_checkpoint(args.output_dir)
-    if checkpoint is None or finished_steps(Path(args.output_dir, STATE)) >= steps_of(checkpoint):
-        return []
-    return [f"an --output_dir without a run that was stopped: go on from {checkpoint} with --resume, or remove it"]
-
-
-def finished_steps(state: Path) -> int:
-    """The steps of a run that was finished, by its log; 0 without one."""
-    try:
-        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-
-
-def steps_of(checkpoint: Path) -> int:
-    """The optimizer steps that a checkpoint has behind it."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def missing_model(model_name: str, *, chats: bool) -> list[str]:
@@ -350,6 +290,7 @@ def train(trainer: Any, args: argparse.Namespace, eval_rows: list[Row]) -> int:
     """Train, save and report; 0, or 128 + signal where one ended the training early."""
     from lslora.interruption import StopOnSignal
     from lslora.report import write_report
+    from lslora.run_folder import steps_of, write_run
 
     tokenizer, speaks = trainer.processing_class, trainer.is_world_process_zero() and not args.quiet
     checkpoint = resume_point(trainer, args) if args.resume else None
@@ -370,7 +311,7 @@ def train(trainer: Any, args: argparse.Namespace, eval_rows: list[Row]) -> int:
     evaluation = report_accuracy(trainer, tokenizer, eval_rows, args) if eval_rows else {}
     write_card(trainer, args, evaluation.get("accuracy"))
     if trainer.is_world_process_zero():
-        write_run(args, evaluation)
+        write_run(args.output_dir, settings_of(args), evaluation)
         report = write_report(args.output_dir)
     if speaks:
         print(f"\nAdapter, log and report are in {args.output_dir}; open {report}")
@@ -405,7 +346,7 @@ def begin(trainer: Any, args: argparse.Namespace, checkpoint: Path | None) -> No
     """Make the folder this run's: `run.json` holds its settings, and nothing goes on from an earlier run."""
     from lslora.callback import DIAGNOSTICS
     from lslora.checkpoints import unseal
-    from lslora.report import STATE
+    from lslora.run_folder import STATE, write_run
 
     trainer.accelerator.wait_for_everyone()  # all have looked
     if trainer.is_world_process_zero():
@@ -413,12 +354,12 @@ def begin(trainer: Any, args: argparse.Namespace, checkpoint: Path | None) -> No
             unseal(args.output_dir)
             for name in (STATE, DIAGNOSTICS):  # of an earlier run, whose log a report would take for this one's
                 Path(args.output_dir, name).unlink(missing_ok=True)
-        write_run(args, {})
+        write_run(args.output_dir, settings_of(args), {})
 
 
 def load_finished(trainer: Any, checkpoint: Path) -> None:
     """Take over a checkpoint that has all its steps behind it: transformers' loop would take one more."""
-    from lslora.report import STATE
+    from lslora.run_folder import STATE
 
     trainer._load_from_checkpoint(str(checkpoint))
     trainer.state = trainer.state.load_from_json(str(checkpoint / STATE))
@@ -438,12 +379,13 @@ def save(trainer: Any, folder: Path) -> None:
     """The adapter and the log, each file whole or not at all."""
     from lslora.checkpoints import is_of_writing
     from lslora.files import publish
+    from lslora.run_folder import STATE
 
     stage = folder / ".part"
     try:
         trainer.save_model(str(stage))
         if trainer.is_world_process_zero():
-            trainer.state.save_to_json(str(stage / "trainer_state.json"))
+            trainer.state.save_to_json(str(stage / STATE))
             publish(stage, folder)
     except Exception as error:
         if not is_of_writing(error):
@@ -636,17 +578,6 @@ def write_card(trainer: Any, args: argparse.Namespace, accuracy: dict[str, Any] 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     card = model_card(args.model_name, args.method, settings_of(args), losses=losses, accuracy=accuracy)
     write_whole(Path(args.output_dir, "README.md"), card)
-
-
-def write_run(args: argparse.Namespace, evaluation: dict[str, Any]) -> None:
-    """`run.json`: what the run was told, what ran it, and how the model answered."""
-    from lslora.files import write_whole
-    from lslora.report import RUN
-
-    packages = ("lslora", "peft", "torch", "transformers", "trl")
-    versions = {package: version(package) for package in packages}
-    run = {"settings": settings_of(args), "versions": versions, **evaluation}
-    write_whole(Path(args.output_dir, RUN), json.dumps(run, indent=1) + "\n")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -25,10 +24,9 @@ from .callback import DIAGNOSTICS, load_course
 from .checkpoints import last_sealed_checkpoint
 from .files import write_whole
 from .records import AVERAGED, Record, averages, live_intervals, load_records, mean_live, verdict
+from .run_folder import RUN, STATE, read_json_object, read_run
 from .scoring import format_comparison
 
-RUN = "run.json"
-STATE = "trainer_state.json"
 REPORT = "report.html"
 
 
@@ -66,7 +64,7 @@ def write_report(folder: str | Path, path: str | Path | None = None) -> Path:
     folder = Path(folder)
     path = Path(path) if path else folder / REPORT
     state = _load_state(folder)
-    run = _load_run(folder / RUN) if (folder / RUN).is_file() else {}
+    run = read_run(folder) if (folder / RUN).is_file() else {}
     plain = run.get("settings", {}).get("method") == "lora"  # what splines are there are of an earlier run
     records = load_records(folder / DIAGNOSTICS) if (folder / DIAGNOSTICS).is_file() and not plain else []
     page = _render(folder.resolve().name, state, run, records, [] if plain else load_course(folder))
@@ -78,33 +76,14 @@ def _load_state(folder: Path) -> dict[str, Any]:
     """The folder's own log, or the last checkpoint's: of a run that did not end, or that went on and was stopped."""
     # With run.json there are seals, which a new run takes from an earlier one's checkpoints; other trainers have none.
     sealed, last = last_sealed_checkpoint(folder), get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    states = [_load_json(place / STATE) for place in (folder, sealed) if place and (place / STATE).is_file()]
+    states = [read_json_object(place / STATE) for place in (folder, sealed) if place and (place / STATE).is_file()]
     if not states and last and Path(last, STATE).is_file() and not (folder / RUN).is_file():
-        states = [_load_json(Path(last, STATE))]
+        states = [read_json_object(Path(last, STATE))]
     if not states:
         raise ValueError(
             f"{folder} must be the output folder of a training, with {STATE} or a checkpoint, found neither"
         )
     return max(states, key=lambda state: state.get("global_step", 0))
-
-
-def _load_run(path: Path) -> dict[str, Any]:
-    run = _load_json(path)
-    settings, versions = run.get("settings"), run.get("versions")
-    named = {"method", "model_name", "dataset_path"}
-    if not (isinstance(settings, dict) and settings.keys() >= named and isinstance(versions, dict)):
-        raise ValueError(f"{path} must be a file that train_lslora.py wrote, with settings and versions")
-    return run
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON in UTF-8: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _render(

@@ -18,7 +18,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .records import LIVE_SHARE, Record, verdict
+from .records import LIVE_SHARE, Record, check_some, verdict
 
 CELL = 0.43  # half the width of a small picture, of the 1 from one to the next
 COLOURS = {
@@ -68,7 +68,7 @@ def plot_splines(records: Sequence[Record]) -> Figure:
 
 def plot_deviations(records: Sequence[Record]) -> Figure:
     """`φ(t) − t` against t, one panel for each kind of module, one line a layer, coloured by depth."""
-    _check(records)
+    check_some(records)
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record["layer"].rpartition(".")[2], []).append(record)
@@ -165,14 +165,9 @@ class _Layout(NamedTuple):
     places: list[tuple[Record, int, int]]
 
 
-def _check(records: Sequence[Record]) -> None:
-    if not records:
-        raise ValueError("records must have a layer, got none")
-
-
 def _layout(records: Sequence[Record]) -> _Layout:
     """Rows by what a layer's name has up to its first number, columns by the rest of it."""
-    _check(records)
+    check_some(records)
     split = [re.fullmatch(r"(.*?\d+(?=\.|$))?\.?(.*)", record["layer"]) for record in records]
     keys = [(found[1] or "", found[2]) for found in split if found]
     rows, columns = (list(dict.fromkeys(part)) for part in zip(*keys, strict=True))

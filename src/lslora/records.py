@@ -38,10 +38,15 @@ CURVED, UNSTABLE = 0.05, 1.0  # slope variance
 LEARNING, OVERFITTING = 0.01, 1.0  # deviation
 
 
-def averages(records: Sequence[Record]) -> dict[str, float]:
-    """Means over the layers of what is `AVERAGED`; ValueError without a record."""
+def check_some(records: Sequence[Record]) -> None:
+    """Raise ValueError if there is no record."""
     if not records:
         raise ValueError("records must have a layer, got none")
+
+
+def averages(records: Sequence[Record]) -> dict[str, float]:
+    """Means over the layers of what is `AVERAGED`; ValueError without a record."""
+    check_some(records)
     return {key: fmean(record[key] for record in records) for key in AVERAGED}
 
 

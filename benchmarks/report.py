@@ -13,6 +13,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
+from cycler import cycler
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -36,6 +38,7 @@ METRICS = {  # name → part of a record, its field, unit
     "retained accuracy": ("retained", "accuracy", ACCURACY),
 }
 SMOOTHING = 8
+LEGEND_COLUMNS = 4
 LIVE = 0.8  # a layer is live if this share of its intervals holds 1 % of the elements of z
 
 
@@ -232,23 +235,39 @@ def spline_table(cells: dict[tuple[int, str], Cell]) -> Table:
 def rank_panels(cells: dict[tuple[int, str], Cell]) -> tuple[Figure, list[tuple[int, Axes, dict[str, Cell]]]]:
     """A figure with a panel for each rank, and of every panel the rank, its axes and the methods' cells by name."""
     ranks = sorted({r for r, _ in cells})
-    figure = Figure(figsize=(1 + 5 * len(ranks), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
     methods = [{name: cell for (rank, name), cell in sorted(cells.items()) if rank == r} for r in ranks]
+    legend = 0.13 * -(-max(map(len, methods)) // LEGEND_COLUMNS)  # inches
+    figure = Figure(figsize=(1 + 5 * len(ranks), 4.5 + legend), layout="constrained")
+    axes = figure.subplots(1, len(ranks), sharey=True, squeeze=False)[0]
+    for axis in axes:
+        axis.set_prop_cycle(cycler(linestyle=["-", "--", ":", "-."]) * rcParams["axes.prop_cycle"])
     return figure, list(zip(ranks, axes, methods, strict=True))
 
 
+def name_lines(axis: Axes) -> None:
+    """A legend below the panel, which many methods leave as it is."""
+    axis.legend(fontsize=6, ncols=LEGEND_COLUMNS, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
+
 def plot_rates(cells: dict[tuple[int, str], Cell], path: Path) -> None:
-    """nll against the learning rate over common seeds, one panel for each rank, one line for each method."""
+    """nll against the learning rate over common seeds, one panel for each rank, one line for each method.
+
+    The highest tenth of the points lies above it: a training that nearly diverged would flatten the rest.
+    """
     figure, panels = rank_panels(cells)
+    heights = []
     for r, axis, methods in panels:
         for name, cell in methods.items():
             if not any(cell):  # the untrained model has no rate, and would flatten the others' lines
                 continue
             points = [(lr, mean_score(seeds, "nll", EVEN)) for lr, seeds in common_seeds(cell).items() if seeds]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
+            heights += [height for _, height in points]
         axis.set(xscale="log", xlabel="learning rate", title=f"r = {r}")
-        axis.legend(fontsize=7)
+        name_lines(axis)
+    low, high = min(heights), np.quantile(heights, 0.9)
+    if low < high:
+        panels[0][1].set_ylim(low - 0.05 * (high - low), high)
     figure.supylabel("nll, even rows", fontsize=9)
     figure.savefig(path, dpi=130)
 
@@ -287,7 +306,7 @@ def plot_curves(cells: dict[tuple[int, str], Cell], path: Path) -> None:
                 smooth = [fmean(means[max(0, i + 1 - SMOOTHING) : i + 1]) for i in range(len(means))]
                 axis.plot(range(1, len(smooth) + 1), smooth, linewidth=1, label=name)
         axis.set(xlabel="step", title=f"r = {r}", yscale="log")
-        axis.legend(fontsize=7)
+        name_lines(axis)
     figure.supylabel(f"training loss, mean of {SMOOTHING} steps", fontsize=9)
     figure.savefig(path, dpi=130)
 
@@ -303,6 +322,6 @@ def plot_retained(cells: dict[tuple[int, str], Cell], path: Path) -> None:
             for lr, x, y in zip(common, *points, strict=True):
                 axis.annotate(f" {lr:g}", (x, y), fontsize=6)
         axis.set(xlabel="nll, odd rows", title=f"r = {r}")
-        axis.legend(fontsize=7)
+        name_lines(axis)
     figure.supylabel("retained nll, odd rows", fontsize=9)
     figure.savefig(path, dpi=130)

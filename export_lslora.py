@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from eval_lslora import base_name, check_base, check_questions, load_model, positive
 from lslora.config_file import read_object
 from lslora.data import Example, Row, are_conversations, load_examples, load_rows
+from lslora.embedded import resolve_model_name
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
 from lslora.files import write_whole
@@ -94,10 +95,11 @@ def check_output(folder: Path) -> None:
 
 def check_lengths(base: str, examples: list[Example], dataset: str) -> None:
     """ValueError for an example that is longer than the model has positions for."""
-    positions = position_limit_of(base)
+    name = resolve_model_name(base)
+    positions = position_limit_of(name)
     if positions is None:
         return
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     for number, example in enumerate(examples, start=1):
         if (length := len(example_ids(tokenizer, example))) > positions:
             raise ValueError(f"{dataset}: row {number} must have at most the model's {positions} tokens, got {length}")

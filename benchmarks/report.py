@@ -265,7 +265,8 @@ def plot_rates(cells: dict[tuple[int, str], Cell], path: Path) -> None:
             heights += [height for _, height in points]
         axis.set(xscale="log", xlabel="learning rate", title=f"r = {r}")
         name_lines(axis)
-    low, high = min(heights), np.quantile(heights, 0.9)
+    finite = [height for height in heights if math.isfinite(height)]  # not of those that diverged
+    low, high = np.quantile(finite, [0, 0.9]) if finite else (0, 0)
     if low < high:
         panels[0][1].set_ylim(low - 0.05 * (high - low), high)
     figure.supylabel("nll, even rows", fontsize=9)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
@@ -302,6 +303,13 @@ def test_learning_rates_are_compared_over_the_seeds_they_share():
     found = report.common_seeds(cell)
     assert {rate: list(seeds) for rate, seeds in found.items()} == {1e-3: [0], 2e-3: [0]}
     assert report.mean_score(found[2e-3], "nll", report.EVEN) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("nlls", [{1e-3: 0.5, 2e-3: 0.6, 4e-3: math.nan}, {1e-3: math.nan}, {0.0: 0.5}])
+def test_rates_are_drawn_where_some_diverged_and_where_nothing_was_trained(nlls, tmp_path):
+    cells = report.group([record("lora", lr, 0, nll) for lr, nll in nlls.items()])
+    report.plot_rates(cells, tmp_path / "rates.png")
+    assert imread(tmp_path / "rates.png").std() > 0
 
 
 def test_paired_difference_in_closed_form():

@@ -48,15 +48,12 @@ RECOMMENDED = "**LS-LoRA, recommended**"
 # fmt: off
 CLAIMS = [
     Claim(README, "**all 30**, SmolLM2 | ARC-Easy | 16 | 10 r", ARC_ALL, 16, "spline_0.05 5e-4", ADDED, "lora 5e-4"),
-    Claim(README, "**all 30**, SmolLM2 | math | 16 | 10 r", MATH_ALL, 16, "spline_0.05 1e-3",
-          ADDED, "lora 1e-3"),
-    Claim(README, "**all 30**, SmolLM2 | math | 16 | 20 r", MATH_ALL, 16, "spline_20 5e-4",
-          ADDED, "lora_20 5e-4"),
+    Claim(README, "**all 30**, SmolLM2 | math | 16 | 10 r", MATH_ALL, 16, "spline_0.05 1e-3", ADDED, "lora 1e-3"),
+    Claim(README, "**all 30**, SmolLM2 | math | 16 | 20 r", MATH_ALL, 16, "spline_20 5e-4", ADDED, "lora_20 5e-4"),
     Claim(README, "**all 30**, SmolLM2 | math | 16 | 10 r; the spline on 40 r", MATH_ALL, 16, "spline_40 3.5e-4",
           ADDED, "lora 1e-3"),
     Claim(README, "**all 30**, SmolLM2 | ARC-Easy | 4 | 20 r", ARC_ALL, 4, "rslora_0.05 1e-3", ADDED, "rslora 1e-3"),
-    Claim(README, "**all 30**, SmolLM2 | math | 4 | 40 r", MATH_ALL, 4, "spline_40 7e-4",
-          ADDED, "lora_40 7e-4"),
+    Claim(README, "**all 30**, SmolLM2 | math | 4 | 40 r", MATH_ALL, 4, "spline_40 7e-4", ADDED, "lora_40 7e-4"),
     Claim(README, "10 of 30, SmolLM2 | ARC-Easy | 16 | 10 r", ARC, 16, "spline_0.05 1.4e-3", ADDED + " line",
           "lora 1.4e-3", "line_0.05 1.4e-3"),
     Claim(README, "10 of 30, SmolLM2 | math | 16 | 40 r", MATH, 16, "rslora_60 7e-4", ADDED + " line",

@@ -424,6 +424,10 @@ def test_an_export_that_cannot_end_well_stops_before_the_model_is_loaded(tmp_pat
         export_lslora.check_output(tmp_path)
 
 
+def test_an_export_knows_the_embedded_model_by_its_name():
+    export_lslora.check_lengths("smollm2", [{"text": "one two"}], "rows.jsonl")  # and finds that it has no limit
+
+
 def test_recipes_that_cannot_run_stop_at_once():
     wrong = subprocess.run(["bash", ROOT / "train_lslora.sh", "phi4"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "the recipe must be smollm2 or phi3, got 'phi4'" in wrong.stderr

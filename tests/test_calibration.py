@@ -529,6 +529,18 @@ def test_what_is_written_to_a_waiting_grid_in_training_is_noticed():
         assert not spline.waits and spline.is_calibrated
 
 
+def test_a_grid_put_in_a_waiting_ones_place_in_training_is_noticed():
+    model = made()
+    train(model, batches(1))
+    for spline in splines(model):
+        assert spline.waits
+        other = torch.empty(1)
+        while other._version < spline.grid_scale._version:  # as often written to
+            other.fill_(0.5)
+        spline.grid_scale = other
+        assert not spline.waits and spline.is_calibrated
+
+
 def test_learned_heights_under_a_waiting_grid_are_noticed_whenever_it_may_have_changed():
     model = made()
     train(model, batches(1))

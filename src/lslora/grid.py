@@ -43,8 +43,8 @@ class MeasuredGrid(KeepsFp32):
     def _watch(self) -> None:
         # Where grid_scale stood when it was found to wait, and at the last step's end, when the heights were zero. In
         # training nobody asks again before something is written to it: every answer would hold up the device.
-        self._waits_at: int | None = None
-        self._zero_at: int | None = None
+        self._waits_at: tuple[int, int] | None = None
+        self._zero_at: tuple[int, int] | None = None
         if self.grid_scale is not None and not self._calibrated:
             calibration.wait(self)
 
@@ -103,10 +103,10 @@ class MeasuredGrid(KeepsFp32):
         self._waits_at = standing
         return not self.is_calibrated
 
-    def _standing(self) -> int | None:
-        """How often something was written to grid_scale, in training; None where that cannot be told."""
+    def _standing(self) -> tuple[int, int] | None:
+        """Which tensor grid_scale is and how often it was written to, in training; None where that cannot be told."""
         scale = cast(Tensor, self.grid_scale)
-        return scale._version if self.training and not scale.is_inference() else None
+        return (id(scale), scale._version) if self.training and not scale.is_inference() else None
 
     def _check_waiting(self) -> None:
         """Raise ValueError if there are heights that need a grid, or this is a copy, which cannot measure one."""

@@ -15,6 +15,7 @@ from lslora import LSLoraConfig
 from lslora.callback import SplineCallback
 from lslora.diagnostics import spline_records
 from lslora.failures import all_finite, failure, unmoved_knots, unstable_slopes
+from lslora.spline import splines_of
 from lslora.training import SplineTrainerMixin
 from tests.tiny import make_tiny
 
@@ -148,6 +149,18 @@ def test_warnings_name_the_worst_layer_and_a_remedy(tmp_path, caplog):
         "step 1: the slopes of 1 of 2"
     ]
     assert sum("knots have not moved" in message for message in told) == 1
+
+
+@pytest.mark.parametrize(("steps", "waited", "is_told"), [(5, 0, False), (4, 0, True), (4, 1, False), (3, 1, True)])
+def test_a_training_too_short_for_its_calibration_is_told_when_it_begins(tmp_path, caplog, steps, waited, is_told):
+    config = LSLoraConfig(r=2, target_modules=["first", "second"], calibration_steps=4)
+    trainer = made(tmp_path, rows_with(count=steps), config=config, callbacks=[SplineCallback()])
+    for spline in splines_of(trainer.model):
+        spline.steps_waited = waited
+    with caplog.at_level(logging.WARNING, "lslora"):
+        trainer.train()
+    told = f"{steps} optimizer steps are to come, and grids are measured in the last of {4 - waited}"
+    assert [text.partition(" (")[0] for text in caplog.messages if "to come" in text] == [told] * is_told
 
 
 def test_a_calibration_that_is_not_over_is_told(tmp_path, caplog):

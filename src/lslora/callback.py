@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .diagnostics import trained_records
-from .failures import unmoved_knots, unstable_slopes
+from .failures import endless_waits, unmoved_knots, unstable_slopes
 from .files import write_whole
 from .plots import plot_deviations, plot_heatmap, plot_splines
 from .records import Record, mean_metrics, save_records
@@ -34,7 +34,8 @@ class SplineCallback(TrainerCallback):
     of every layer into `spline_course.jsonl` in the output folder. Every `picture_steps` steps and at the end of the
     training, pictures go to those of wandb, TensorBoard and trackio that the trainer reports to; at the end, the
     records are saved as `spline_diagnostics.json`. `SplineTrainerMixin` logs the averages as well; together with it
-    they are logged once. Slopes that explode are warned of when they first do, knots that never moved at the end.
+    they are logged once. A calibration that the training is too short for is warned of at once, slopes that explode
+    when they first do, knots that never moved at the end.
 
     Args:
         picture_steps: Optimizer steps from picture to picture, ≥ 1.
@@ -59,6 +60,8 @@ class SplineCallback(TrainerCallback):
             self._trackers = trackers_of(args)
             kept = [entry for entry in load_course(_folder(args)) if entry["step"] <= state.global_step]
             _write_course(_folder(args) / COURSE, kept)
+            if warning := endless_waits(model, state.max_steps - state.global_step):
+                logger.warning("%s", warning)
 
     def on_log(
         self,

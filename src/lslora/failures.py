@@ -58,6 +58,18 @@ def unstable_slopes(records: Sequence[Record]) -> str | None:
     )
 
 
+def endless_waits(model: nn.Module, steps: int) -> str | None:
+    """A warning, before a training of so many `steps`, of grids that wait for longer than that; or None."""
+    trained = [spline for spline in splines_of(model) if spline.weight.requires_grad and spline.waits]
+    longest = max((spline.calibration_steps - spline.steps_waited for spline in trained), default=0)
+    if longest < steps:
+        return None
+    return (
+        f"{steps} optimizer steps are to come, and grids are measured in the last of {longest} (calibration_steps): "
+        "until then splines are the identity, and their layers plain LoRA. Take a third of the steps"
+    )
+
+
 def unmoved_knots(records: Sequence[Record]) -> str | None:
     """A warning of knots that nothing has reached, or that wait for their grid still, and what to do; or None."""
     if waiting := [record["layer"] for record in records if not record["grid_scale"]]:

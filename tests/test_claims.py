@@ -240,6 +240,16 @@ def test_every_row_of_results_is_a_claim(page):
     assert rows and [row for row in rows if not row.startswith(starts)] == []
 
 
+def test_method_md_says_how_much_of_the_default_grid_is_reached():
+    (record,) = plan_cells("ablation")[16, "v7"][2e-4].values()
+    beside_zero = [sum(spline["occupancy"][2:4]) for spline in record["splines"]]
+    text = " ".join((ROOT / "docs" / "method.md").read_text(encoding="utf-8").split())
+    found = re.search(r"at least ([\d.]+) % of z in the two .* each of (\d+) layers, and all of it in (\d+) ", text)
+    share, layers, full = map(float, found.groups())
+    assert share <= 100 * min(beside_zero) < share + 0.5
+    assert (layers, full) == (len(beside_zero), sum(part > 1 - 1e-6 for part in beside_zero))
+
+
 def test_rounding():
     assert is_rounded("-0.0017", -0.00172) and not is_rounded("-0.0017", -0.00178)
     assert is_rounded("2e-5", 1.6e-5) and not is_rounded("2e-5", 1.4e-5)

@@ -20,17 +20,14 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lslora.adapter_files import check_adapter_files
 from lslora.answers import SCORERS
+from lslora.base_model import BaseModel
 from lslora.data import Row, RowFile
-from lslora.embedded import resolve_model_name
 from lslora.evaluation import by_index, check_rows, in_row_order, predict
 from lslora.files import sha256, write_json_whole
-from lslora.lengths import position_limit_of
 from lslora.partial_results import PartialResults
 from lslora.progress import bars_hidden, hide_library_bars, hide_library_warnings
 from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
@@ -53,17 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
         if is_foreign(args.output):
             raise ValueError(f"--output must be a new file or earlier results, or it would be lost, got {args.output}")
         settings = settings_of(args)
-        check_base(settings["model_name"])
-        check_questions(
-            settings["model_name"], questions, args.scorer, chat_template=args.chat_template, place=questions.place
-        )
+        base = BaseModel(settings["model_name"])
+        check_questions(base, questions, args.scorer, chat_template=args.chat_template, place=questions.place)
         partial = PartialResults(partial_path(args.output), settings)
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
     try:
         with partial:
-            results = run(args, settings, questions, partial)
+            results = run(args, settings, base, questions, partial)
     except OSError as error:  # the disk is full, say; what was answered until then is kept
         print(f"{args.output} could not be written: {error}", file=sys.stderr)
         return 1
@@ -82,17 +77,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(
-    args: argparse.Namespace, settings: dict[str, Any], questions: Questions, partial: PartialResults
+    args: argparse.Namespace, settings: dict[str, Any], base: BaseModel, questions: Questions, partial: PartialResults
 ) -> dict[str, Any] | None:
     """Load the model, let it answer and write the results; None, with the reason told, if it cannot be loaded."""
     if hidden := bars_hidden(args.quiet):
         hide_library_bars()
     try:
-        model, tokenizer = load_model(settings["model_name"], args.adapter, args.dtype)
+        model = load_model(base, args.adapter, args.dtype)
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
         return None
-    answer(args, model, tokenizer, questions, partial, hidden)
+    answer(args, model, base.tokenizer, questions, partial, hidden)
     results = results_of(settings, partial)
     write_json_whole(args.output, results)
     return results
@@ -176,16 +171,8 @@ def base_name(adapter: Path | None, given: str | None) -> str:
     return str(given or named)
 
 
-def check_base(model_name: str) -> None:
-    """Raise ValueError if there is no such base model, or none that transformers itself can make."""
-    try:
-        AutoConfig.from_pretrained(resolve_model_name(model_name), trust_remote_code=False)
-    except (OSError, RuntimeError, ValueError) as error:  # the embedded model cannot be fetched, say
-        raise ValueError(f"the base model {model_name}: {str(error).splitlines()[0]}") from error
-
-
 def check_questions(
-    model_name: str,
+    base: BaseModel,
     rows: Collection[Row],
     scorer: str = "auto",
     *,
@@ -193,12 +180,9 @@ def check_questions(
     place: Callable[[int], str] = by_index,
 ) -> None:
     """ValueError, before the model is loaded, for rows that it cannot score or be asked with its chat template."""
-    name = resolve_model_name(model_name)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    if chat_template and not tokenizer.chat_template:
-        raise ValueError(f"--chat_template needs a tokenizer that has one, that of {model_name} has none")
-    positions = position_limit_of(name)
-    check_rows(tokenizer, rows, scorer, chat_template=chat_template, positions=positions, place=place)
+    if chat_template and not base.tokenizer.chat_template:
+        raise ValueError(f"--chat_template needs a tokenizer that has one, that of {base.name} has none")
+    check_rows(base.tokenizer, rows, scorer, chat_template=chat_template, positions=base.positions, place=place)
 
 
 class Questions:
@@ -287,24 +271,20 @@ def answer(
                 bar.update()
 
 
-def load_model(model_name: str, adapter: Path | None, dtype: str) -> tuple[Any, Any]:
-    """The base model, on the GPU if there is one, with the adapter if one is given; and the base's tokenizer.
+def load_model(base: BaseModel, adapter: Path | None, dtype: str) -> Any:
+    """The base model, on the GPU if there is one, with the adapter if one is given.
 
     Raises:
         ValueError: the base model's file was cut short, or the adapter is not one of this base model.
     """
-    name = resolve_model_name(model_name)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=False)
-    except SafetensorError as error:
-        raise ValueError(f"the base model {model_name} cannot be read: {error}") from error
+    model = base.load(dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     if adapter:
         try:
             model = PeftModel.from_pretrained(model, adapter)
         except RuntimeError as error:  # torch's word for tensors of other shapes
-            raise ValueError(f"{adapter} does not fit the base model {model_name}: {error}") from error
-    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            raise ValueError(f"{adapter} does not fit the base model {base.name}: {error}") from error
+    return model
 
 
 def results_of(settings: dict[str, Any], partial: PartialResults) -> dict[str, Any]:

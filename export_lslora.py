@@ -18,16 +18,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
-from eval_lslora import base_name, check_base, check_questions, load_model, positive
+from eval_lslora import base_name, check_questions, load_model, positive
+from lslora.base_model import BaseModel
 from lslora.config_file import read_object
 from lslora.data import Example, Row, are_conversations, load_examples, load_rows
-from lslora.embedded import resolve_model_name
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
 from lslora.files import write_whole
-from lslora.lengths import position_limit_of
 from lslora.progress import bars_hidden, hide_library_bars, hide_library_warnings
 from lslora.prompts import example_ids
 from lslora.scoring import compare, format_comparison, format_table, summarize
@@ -44,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         examples = load_examples(args.dataset, chat_template=args.chat_template)[: args.rows]
         args.chat_template = are_conversations(examples)  # the evaluation's rows are asked as those to fit on
         eval_rows = load_rows(args.eval_dataset) if args.eval_dataset else []
-        base = base_name(args.adapter, args.model_name)
+        name = base_name(args.adapter, args.model_name)
         check_output(args.output)
-        check_base(base)
+        base = BaseModel(name)
         check_lengths(base, examples, str(args.dataset))
         check_questions(
             base,
@@ -93,23 +91,21 @@ def check_output(folder: Path) -> None:
         raise ValueError(f"--output must not be the folder of an LS-LoRA adapter, which would be lost, got {folder}")
 
 
-def check_lengths(base: str, examples: list[Example], dataset: str) -> None:
+def check_lengths(base: BaseModel, examples: list[Example], dataset: str) -> None:
     """ValueError for an example that is longer than the model has positions for."""
-    name = resolve_model_name(base)
-    positions = position_limit_of(name)
-    if positions is None:
+    if base.positions is None:
         return
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     for number, example in enumerate(examples, start=1):
-        if (length := len(example_ids(tokenizer, example))) > positions:
-            raise ValueError(f"{dataset}: row {number} must have at most the model's {positions} tokens, got {length}")
+        if (length := len(example_ids(base.tokenizer, example))) > base.positions:
+            limit = f"at most the model's {base.positions} tokens"
+            raise ValueError(f"{dataset}: row {number} must have {limit}, got {length}")
 
 
-def export(args: argparse.Namespace, base: str, examples: list[Example], eval_rows: list[Row]) -> dict[str, Any]:
+def export(args: argparse.Namespace, base: BaseModel, examples: list[Example], eval_rows: list[Row]) -> dict[str, Any]:
     """Write the adapter; what `export.json` holds."""
     if bars_hidden(args.quiet):
         hide_library_bars()
-    model, tokenizer = load_model(base, args.adapter, "auto")
+    model, tokenizer = load_model(base, args.adapter, "auto"), base.tokenizer
     model.eval()
     with observe_updates(model, rank=args.rank) as moments, torch.inference_mode():
         for example in tqdm(examples, desc="Calibrating", unit="row", disable=bars_hidden(args.quiet)):
@@ -117,7 +113,7 @@ def export(args: argparse.Namespace, base: str, examples: list[Example], eval_ro
     errors = export_lora(model, moments, args.output, rank=args.rank, tolerance=args.tolerance)
     results: dict[str, Any] = {
         "adapter": str(args.adapter),
-        "base": base,
+        "base": base.name,
         "calibration": {"dataset": str(args.dataset), "rows": len(examples)},
         "tolerance": args.tolerance,
         "errors": errors,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from lslora.base_model import BaseModel
     from lslora.data import Example, Row
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
@@ -134,34 +135,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check, train and report; the exit status."""
-    from lslora.data import DataError, are_conversations, load_examples, load_rows
-    from lslora.files import sha256
     from lslora.progress import hide_library_warnings
 
-    try:
-        examples = load_examples(args.dataset_path, chat_template=args.chat_template)
-        eval_rows = load_rows(args.eval_dataset_path) if args.eval_dataset_path else []
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    args.chat_template = are_conversations(examples)  # the evaluation's rows are asked as the model was trained
-    # Two more of what a run is made of, kept with its settings.
-    args.dataset_sha256 = sha256(args.dataset_path)
-    args.rows_a_step = args.batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
     if args.quiet:
         hide_library_warnings()
-    missing = missing_for(args)
-    if missing:
-        print("error: this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing), file=sys.stderr)
-        return 2
     try:
-        check_settings(args)
-        examples = usable_examples(args, examples, eval_rows)
-    except (ImportError, TypeError, ValueError) as error:
+        base, examples, eval_rows = check(args)
+    except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:
-        trainer = make_trainer(args, examples)
+        trainer = make_trainer(args, base, examples)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -172,8 +156,35 @@ def run(args: argparse.Namespace) -> int:
         return 1
 
 
+def check(args: argparse.Namespace) -> tuple[BaseModel, list[Example], list[Row]]:
+    """The base model, and the rows to learn and to answer, once all that can be told before a long wait is right.
+
+    What else the run is made of is kept with its settings, `args`.
+    """
+    from lslora.base_model import BaseModel
+    from lslora.data import are_conversations, load_examples, load_rows
+    from lslora.files import sha256
+
+    examples = load_examples(args.dataset_path, chat_template=args.chat_template)
+    eval_rows = load_rows(args.eval_dataset_path) if args.eval_dataset_path else []
+    args.chat_template = are_conversations(examples)  # the evaluation's rows are asked as the model was trained
+    args.dataset_sha256 = sha256(args.dataset_path)
+    args.rows_a_step = args.batch_size * args.gradient_accumulation_steps * int(os.environ.get("WORLD_SIZE", "1"))
+    missing = missing_for(args)
+    try:
+        base = BaseModel(args.model_name)
+        if args.chat_template and not base.tokenizer.chat_template:
+            raise ValueError(f"a chat template: the tokenizer of {base.name} has none, and conversations need one")
+    except ValueError as error:
+        missing.append(str(error))
+    if missing:
+        raise ValueError("this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing))
+    check_settings(args)
+    return base, usable_examples(args, base, examples, eval_rows), eval_rows
+
+
 def missing_for(args: argparse.Namespace) -> list[str]:
-    """What the explicit choices in `args` and conversations need and is not there; told before anything is loaded."""
+    """What the explicit choices in `args` need and is not there; told before anything is loaded."""
     import torch
 
     from lslora.run_folder import missing_to_begin, missing_to_resume
@@ -186,23 +197,9 @@ def missing_for(args: argparse.Namespace) -> list[str]:
     for tracker in TRACKERS:
         if tracker in args.report_to and find_spec(tracker) is None:
             missing.append(f"{tracker}, for --report_to {tracker}: pip install {tracker}")
-    missing += missing_to_resume(folder, settings_of(args), MAY_CHANGE) if args.resume else missing_to_begin(folder)
-    return missing + missing_model(args.model_name, chats=args.chat_template)
-
-
-def missing_model(model_name: str, *, chats: bool) -> list[str]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    from lslora.embedded import resolve_model_name
-
-    try:
-        name = resolve_model_name(model_name)
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if chats and not AutoTokenizer.from_pretrained(name, trust_remote_code=False).chat_template:
-            return [f"a chat template: the tokenizer of {model_name} has none, and conversations need one"]
-    except (OSError, RuntimeError, ValueError) as error:
-        return [f"the model {model_name}: {str(error).splitlines()[0]}"]
-    return []
+    return missing + (
+        missing_to_resume(folder, settings_of(args), MAY_CHANGE) if args.resume else missing_to_begin(folder)
+    )
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -222,32 +219,28 @@ def check_settings(args: argparse.Namespace) -> None:
     get_scheduler(config.lr_scheduler_type, optimizer, config.get_warmup_steps(args.max_steps), args.max_steps)
 
 
-def usable_examples(args: argparse.Namespace, examples: list[Example], eval_rows: list[Row]) -> list[Example]:
+def usable_examples(
+    args: argparse.Namespace, base: BaseModel, examples: list[Example], eval_rows: list[Row]
+) -> list[Example]:
     """The examples of which something is left to learn; ValueError without any, or for rows that cannot be scored."""
-    from transformers import AutoTokenizer
-
-    from lslora.embedded import resolve_model_name
     from lslora.evaluation import check_rows
-    from lslora.lengths import fit_examples, position_limit_of
+    from lslora.lengths import fit_examples
 
-    name = resolve_model_name(args.model_name)
-    positions = position_limit_of(name)
-    if positions is not None and args.max_length > positions:
-        raise ValueError(f"max_length must be at most the model's {positions} tokens, got {args.max_length}")
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    asked = {"chat_template": args.chat_template, "positions": positions}
+    if base.positions is not None and args.max_length > base.positions:
+        raise ValueError(f"max_length must be at most the model's {base.positions} tokens, got {args.max_length}")
+    asked = {"chat_template": args.chat_template, "positions": base.positions}
     try:
-        check_rows(tokenizer, eval_rows, **asked, place=lambda index: f"row {index + 1}")
+        check_rows(base.tokenizer, eval_rows, **asked, place=lambda index: f"row {index + 1}")
     except ValueError as error:
         raise ValueError(f"{args.eval_dataset_path}: {error}") from error
-    fit = fit_examples(tokenizer, examples, args.max_length, loss_on_prompt=args.loss_on_prompt)
+    fit = fit_examples(base.tokenizer, examples, args.max_length, loss_on_prompt=args.loss_on_prompt)
     first_process = os.environ.get("RANK", "0") == "0"
     if first_process and (fit.dropped or (fit.longer and not args.quiet)):
         print(f"{args.dataset_path}: {fit}", file=sys.stderr)
     return fit.kept
 
 
-def make_trainer(args: argparse.Namespace, examples: list[Example]) -> Any:
+def make_trainer(args: argparse.Namespace, base: BaseModel, examples: list[Example]) -> Any:
     """TRL's trainer with model, adapter and rows; ValueError for settings that the model does not take."""
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -269,12 +262,11 @@ def make_trainer(args: argparse.Namespace, examples: list[Example]) -> Any:
         hide_library_bars()
     if args.quiet:
         logging.getLogger("lslora").setLevel(logging.ERROR)
-    model, tokenizer = load_model(args)
     trainer = SplineSFTTrainer(
-        model=model,
+        model=load_model(args, base),
         args=trainer_config(args),
         train_dataset=Dataset.from_list([dict(example) for example in examples]),
-        processing_class=tokenizer,
+        processing_class=base.tokenizer,
         peft_config=adapter_config(args),
         spline_lr=args.spline_lr,
         callbacks=[SplineCallback()] if args.method == "lslora" else [],
@@ -393,12 +385,9 @@ def save(trainer: Any, folder: Path) -> None:
         raise OSError(f"the adapter could not be written: {error}") from error
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+def load_model(args: argparse.Namespace, base: BaseModel) -> Any:
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    from lslora.embedded import resolve_model_name
+    from transformers import BitsAndBytesConfig
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     quantization = None
@@ -409,14 +398,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    name = resolve_model_name(args.model_name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, quantization_config=quantization, trust_remote_code=False
-        )
-    except SafetensorError as error:
-        raise ValueError(f"the model {args.model_name} cannot be read: {error}") from error
-    return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return base.load(dtype=dtype, quantization_config=quantization)
 
 
 def adapter_config(args: argparse.Namespace) -> Any:

@@ -42,6 +42,7 @@ ALLOWED = {
     "prompts": {"data"},
     "lengths": {"data", "prompts"},
     "likelihood": {"answers", "data", "prompts"},
+    "base_model": {"embedded", "lengths"},
     "embedded": {"files"},
     "files": set(),
     "checkpoints": {"files"},

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lslora import base_model
 from lslora.answers import option_completion, options_of
 from lslora.data import to_messages, to_prompt_completion
 from lslora.evaluation import WINDOW, check_rows, evaluate, generate_answers, in_row_order, predict, with_scorers
@@ -824,7 +825,7 @@ def test_script_tells_of_a_base_that_cannot_be_read_or_fetched(script, arguments
     def unreachable(name):
         raise RuntimeError("the embedded model cannot be fetched")
 
-    monkeypatch.setattr(script, "resolve_model_name", unreachable)
+    monkeypatch.setattr(base_model, "resolve_model_name", unreachable)
     assert script.main(command(arguments)) == 2
     assert f"the base model {tmp_path / 'base'}: the embedded model cannot be fetched\n" in capsys.readouterr().err
     assert not partial(arguments).exists()

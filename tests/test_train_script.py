@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer
 
 from lslora import LSLoraConfig
+from lslora.base_model import BaseModel
 from lslora.training import RECOMMENDED_SPLINE_LR
 from tests.tiny import ROWS
 
@@ -276,7 +277,7 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny, tmp_path, monkeypatch, 
         (["--dataset_path", "no-such-file.json"], "no-such-file.json: cannot be read"),
         (["--optim", "paged_adamw_32bit"], "a CUDA device"),
         (["--resume"], "a checkpoint in"),
-        (["--model_name", "nobody/no-such-model"], "the model nobody/no-such-model"),
+        (["--model_name", "nobody/no-such-model"], "the base model nobody/no-such-model"),
         (["--chat_template"], "a chat template: the tokenizer of"),
         (["--num_knots", 1], "num_knots must be at least 2, got 1"),
         (["--k_min", 1], "0 must lie within k_min and k_max"),
@@ -304,7 +305,7 @@ def test_a_base_model_that_was_cut_short_is_told(tiny, tmp_path, capsys):
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
     assert run(tiny, tmp_path / "out", "--model_name", tmp_path / "model") == 2
-    assert f"error: the model {tmp_path / 'model'} cannot be read: " in capsys.readouterr().err
+    assert f"error: the base model {tmp_path / 'model'} cannot be read: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -424,8 +425,8 @@ def test_an_export_that_cannot_end_well_stops_before_the_model_is_loaded(tmp_pat
         export_lslora.check_output(tmp_path)
 
 
-def test_an_export_knows_the_embedded_model_by_its_name():
-    export_lslora.check_lengths("smollm2", [{"text": "one two"}], "rows.jsonl")  # and finds that it has no limit
+def test_an_export_knows_that_the_embedded_model_has_no_limit():
+    export_lslora.check_lengths(BaseModel("smollm2"), [{"text": "one two"}], "rows.jsonl")
 
 
 def test_recipes_that_cannot_run_stop_at_once():

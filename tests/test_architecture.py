@@ -33,7 +33,7 @@ ALLOWED = {
     "ops.reference": set(),
     "ops.once": set(),
     "ops.tracing": set(),
-    "config": {"config_file"},
+    "config": {"config_file", "ops.spline"},
     "json_rows": set(),
     "answers": set(),
     "data": {"answers", "json_rows"},

@@ -13,9 +13,8 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftType
 
 from .config_file import brief
+from .ops.spline import EXTRAPOLATIONS, INTERPOLATION_METHODS
 
-INTERPOLATION_METHODS = ("piecewise", "soft")
-EXTRAPOLATIONS = ("clamp", "linear")
 PLACEMENTS = ("output", "bottleneck", "weight")
 
 # Initialisations that draw A and B without touching the base weight. The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ,

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import Tensor, nn
 
 from .config import LSLoraConfig
-from .placement import PLACEMENTS, is_off, whole_layer
+from .placement import VARIANTS, is_off, whole_layer
 
 NO_MERGE = (
     "LS-LoRA cannot be merged into the base weight unless placement='weight': its update is not linear in x. "
@@ -34,7 +34,7 @@ class LSLoraLayer:
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> LoraVariant | None:
         if isinstance(config, LSLoraConfig):
-            return PLACEMENTS[config.placement]()
+            return VARIANTS[config.placement]()
         return super().resolve_lora_variant(config=config, **kwargs)  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -122,7 +122,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NO_CONVOLUTIONS = "placement='weight' does not support convolutions"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 HOOKS_ON_ALL = tuple(getattr(everywhere, f"_global{hooks}") for hooks in HOOKS)
-PLACEMENTS = {"output": OutputVariant, "bottleneck": BottleneckVariant, "weight": WeightVariant}
+VARIANTS = {"output": OutputVariant, "bottleneck": BottleneckVariant, "weight": WeightVariant}
 
 
 def is_off(scaling: float | Tensor) -> bool:

@@ -280,7 +280,7 @@ enum { ROWS = BLOCK / COLUMNS, BAND = 4 * ROWS };
 /* Row-major, and filled up with zeros: n to a multiple of GROUP, r of LANES, m of COLUMNS. n and m count without. */
 typedef struct {
     const float *h, *weight; /* (n, r), and B: (m, r) */
-    float *across;           /* room for B^T: (r, m) */
+    float *across;           /* room for B^T: (r, m); null for product_of_few, where n is not filled up */
     long n, m, r;
     int threads;
 } Product;
@@ -341,19 +341,33 @@ INLINE void product_tile(const Product *p, long i, long j, long rows, float *z) 
     multiply(p->h + i * p->r, p->r, 1, p->across + j, across, z, COLUMNS, padded(rows, GROUP), p->r, COLUMNS, 0);
 }
 
+/* The same of a few rows, one element after the other: to transpose B for them takes longer than to multiply with it. */
+INLINE void product_of_few(const Product *p, long i, long j, long rows, float *z) {
+    for (long row = 0; row < rows; row++)
+        for (long column = 0; column < COLUMNS; column++) {
+            const float *left = p->h + (i + row) * p->r, *right = p->weight + (j + column) * p->r;
+            Floats sum = all(0);
+            for (long k = 0; k < p->r; k += LANES) sum += load(left + k) * load(right + k);
+            z[row * COLUMNS + column] = (float)total(sum);
+        }
+}
+
 /* base and out: (n, m) without padding. */
 void update_forward(const Product *product, const float *base, float *out, const Spline *spline) {
     const Shape s = shape_of(spline);
     const Product p = *product;
 #pragma omp parallel num_threads(p.threads) if (p.n * p.m > BLOCK)
     {
-        transpose(&p);
+        if (p.across) transpose(&p);
 #pragma omp for collapse(2) schedule(static)
         for (long i = 0; i < p.n; i += ROWS)
             for (long j = 0; j < p.m; j += COLUMNS) {
                 const long rows = least(ROWS, p.n - i), at = i * p.m + j;
                 float z[BLOCK];
-                product_tile(&p, i, j, rows, z);
+                if (p.across)
+                    product_tile(&p, i, j, rows, z);
+                else
+                    product_of_few(&p, i, j, rows, z);
                 CALL(forward_block, s, z, COLUMNS, base + at, out + at, p.m, rows, least(COLUMNS, p.m - j),
                      spline->offsets);
             }

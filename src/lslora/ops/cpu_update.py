@@ -25,15 +25,16 @@ class _Product(ctypes.Structure):
 class Product:
     """`h Bᵀ` as the functions of cpu.c take it, for h (…, r) and B (m, r), float32.
 
-    Holds `h` (n, r) and `weight` (m, r), filled up with zeros as cpu.c wants them, and room for the transposed weight.
+    Holds `h` (n, r) and `weight` (m, r), filled up with zeros as cpu.c wants them, and room for the transposed weight,
+    but `forward` takes a few rows (`few`) as they are: the word that is generated would wait for all that.
     """
 
-    def __init__(self, h: Tensor, weight: Tensor) -> None:
+    def __init__(self, h: Tensor, weight: Tensor, *, few: bool = False) -> None:
         m, r = weight.shape
-        self.h, self.weight = _filled(h.reshape(-1, r), GROUP, LANES), _filled(weight, COLUMNS, LANES)
-        self.across = torch.empty_like(self.weight)
+        self.h, self.weight = _filled(h.reshape(-1, r), 1 if few else GROUP, LANES), _filled(weight, COLUMNS, LANES)
+        self.across = None if few else torch.empty_like(self.weight)
         self.threads = torch.get_num_threads()
-        addresses = self.h.data_ptr(), self.weight.data_ptr(), self.across.data_ptr()
+        addresses = self.h.data_ptr(), self.weight.data_ptr(), None if few else self.across.data_ptr()
         self.structure = _Product(*addresses, h.numel() // r, m, self.h.shape[1], self.threads)
         self.shape = ctypes.byref(self.structure)
 
@@ -55,7 +56,7 @@ def forward(
         out = torch.empty_like(result, memory_format=torch.contiguous_format)
     base = result.contiguous()
     spline = CompiledSpline(offsets, input_scale_offset, output_scale_offset, grid, scaling, stretch, origin=1.0)
-    product = Product(h, weight)
+    product = Product(h, weight, few=h.numel() < GROUP * h.shape[-1])
     compiled().update_forward(product.shape, base.data_ptr(), out.data_ptr(), spline.shape)
     return out
 

@@ -83,7 +83,7 @@ def checked_parameters(
     for name, tensor in (("offsets", offsets), ("input_scale", input_scale), ("output_scale", output_scale)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-    if offsets.ndim != 1 or len(offsets) < 2:
+    if offsets.ndim != 1 or offsets.shape[0] < 2:
         raise ValueError(f"offsets must have shape (K,) with K >= 2, got {tuple(offsets.shape)}")
     for scale in (input_scale, output_scale):
         if scale is not None and scale.shape != (1,):

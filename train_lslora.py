@@ -341,6 +341,8 @@ def begin(trainer: Any, args: argparse.Namespace, checkpoint: Path | None) -> No
     from lslora.run_folder import STATE, write_run
 
     trainer.accelerator.wait_for_everyone()  # all have looked
+    # A checkpoint brings its own save_steps and logging_steps, which may have changed since.
+    trainer.state.compute_steps(trainer.args, trainer.state.max_steps)
     if trainer.is_world_process_zero():
         if checkpoint is None:
             unseal(args.output_dir)

@@ -97,6 +97,26 @@ def test_a_signal_saves_and_stops_and_resume_ends_with_the_same_weights(tiny, tm
     assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+def test_a_quantised_run_goes_on_to_the_same_weights(tiny, tmp_path):
+    """TRL trains A and B in bf16 on such a base, and peft would load them as fp32."""
+    pytest.importorskip("bitsandbytes")
+    assert train_lslora.main(arguments(tiny, tmp_path / "whole", "--load_in_4bit")) == 0
+    stopped_after(3, signal.SIGTERM, arguments(tiny, tmp_path / "cut", "--load_in_4bit"))
+    assert train_lslora.main(arguments(tiny, tmp_path / "cut", "--load_in_4bit", "--resume")) == 0
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert torch.bfloat16 in {tensor.dtype for tensor in whole.values()}
+    assert whole.keys() == cut.keys()
+    assert all(whole[key].dtype == cut[key].dtype and torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_a_run_that_goes_on_saves_and_logs_as_often_as_it_is_told_now(tiny, tmp_path):
+    stopped_after(2, signal.SIGTERM, arguments(tiny, tmp_path, "--logging_steps", 1))
+    assert train_lslora.main(arguments(tiny, tmp_path, "--resume", "--save_steps", 2, "--logging_steps", 3)) == 0
+    assert {int(folder.name.rpartition("-")[2]) for folder in tmp_path.glob("checkpoint-*")} == {2, 4, 6}
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 6]
+
+
 def test_a_finished_run_that_went_on_and_was_stopped_is_not_begun_anew_without_a_word(tiny, tmp_path, capsys):
     given = arguments(tiny, tmp_path)
     assert train_lslora.main(given) == 0

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -62,6 +66,27 @@ class WholeCheckpointsMixin:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         finally:
             arguments.save_total_limit = limit
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The trainer's own; an adapter stays in the dtype that it is trained in."""
+        with _keeping_dtypes(self.model if model is None else model):  # type: ignore[attr-defined]
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+
+@contextmanager
+def _keeping_dtypes(model: Any) -> Iterator[None]:
+    """peft's `load_adapter` makes half precision fp32, and TRL trains in bf16 on quantised bases.
+
+    A training that goes on with other numbers than it had is another one.
+    """
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.load_adapter
 
 
 def is_of_writing(error: Exception) -> bool:

@@ -36,6 +36,8 @@ def row(answer, *, options=FOUR, output=None, task="arc"):
         ("ending1/ending2/ending3/ending4", ("ending1", "ending2", "ending3", "ending4")),
         ("option1/option2\n\nThink well.", None),
         ("a number", None),
+        ("true / false", ("true", "false")),
+        ("New York/Paris", None),
         ("true", None),
         ("true/true", None),
         ("", None),
@@ -313,10 +315,29 @@ def test_any_text_gives_none_or_a_number(text):
         ("$18", "The answer is **$18**.", ("$18", True)),
         ("-1/2", "The answer is -1/2.", ("-1/2", True)),
         ("1/2", "The answer is !", (None, False)),
+        ("北京", "北京。", ("北京", True)),
+        ("東京", "「東京」", ("東京", True)),
+        ("Paris", "«Paris»…", ("Paris", True)),
+        ("Sí", "¡Sí!", ("Sí", True)),
+        ("¿Qué?", "¿Qué?", ("¿Qué?", True)),
+        ("C", "C±", ("C±", False)),  # a sign that is no punctuation, as + is none
+        ("कम", "The answer is कमी.", ("कमी", False)),
     ],
 )
 def test_grade_without_options(answer, text, graded):
     assert answers.grade(row(answer, options=None), text) == graded
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("सही उत्तर ख है, क्योंकि यह पृथ्वी की धुरी है।", "ख"),  # "की" is क with a vowel sign
+        ("ख. पृथ्वी की धुरी", "ख"),
+        ("की", None),
+    ],
+)
+def test_a_letter_with_a_mark_is_another_letter(text, expected):
+    assert answers.extract_answer(text, tuple("कखगघ")) == expected
 
 
 def test_grade_with_options():

@@ -195,6 +195,15 @@ def test_every_answer_of_a_conversation_is_an_example(tmp_path):
         ({"messages": said(("user", "a"), ("assistant", " "))}, "line 2: message 2: field 'content' is empty"),
         ({"messages": said(("user", "a"), ("assistant", 1))}, "message 2: field 'content' must be a string, got int"),
         ({"messages": [{"content": "a"}]}, "message 1: field 'role' is missing"),
+        ({"messages": said(("user", "a"), ("assistant", "b")), "tools": [{}]}, "line 2: field 'tools' must be absent"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{}]}]},
+            "line 2: message 2: field 'tool_calls' must be absent",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+            "line 2: message 2: field 'weight' must be 1, since every answer is learned, got 0",
+        ),
     ],
 )
 def test_what_is_wrong_with_messages_is_named(tmp_path, bad, message):

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
 SCORERS = ("auto", "likelihood", "generate")
 NUMBER_TOLERANCE = Decimal("0.001")  # as in evaluate.py of LLM-Adapters
 
-_ANSWER_FORMAT = re.compile(r"answer format:[ \t]*([^\s/]+(?:/[^\s/]+)+)\s*\Z", re.IGNORECASE)
+_ANSWER_FORMAT = re.compile(r"answer format:[ \t]*([^\s/]+(?:[ \t]*/[ \t]*[^\s/]+)+)\s*\Z", re.IGNORECASE)
 _NUMBER = re.compile(
     r"(?:(?<![\w.)])[-\u2212])?"  # a minus, unless it subtracts
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
-_AROUND = r"[\s.,:;!?*\"'`()\[\]]*"  # what may stand around an answer that is all a text says
-_STATED = re.compile(r"answer is(\W{0,5})((?:\w+(?:[/:-]\w+)*)?)", re.IGNORECASE)
+
+
+def _beyond_ascii(kind: str) -> str:
+    """All characters of a kind of Unicode's (`M`, marks; `P`, punctuation) that ASCII lacks, for a class of them."""
+    basic = map(chr, range(0x80, 0x10000))
+    return "".join(re.escape(character) for character in basic if unicodedata.category(character)[0] == kind)
+
+
+_LETTER = rf"[\w{_beyond_ascii('M')}]"  # with the vowel signs of Hindi, say, which \w leaves out
+# What may stand around an answer that is all a text says.
+_AROUND = rf"[\s.,:;!?*\"'`()\[\]{_beyond_ascii('P')}]*"
+_STATED = re.compile(rf"answer is(\W{{0,5}})((?:{_LETTER}+(?:[/:-]{_LETTER}+)*)?)", re.IGNORECASE)
 
 
 def options_of(row: Mapping[str, str]) -> tuple[str, ...] | None:
     """The options among which a row asks to choose, read from `Answer format: a/b/c` at the end of its instruction.
+
+    An option is one word.
 
     Args:
         row: A row with an `instruction`.
@@ -28,7 +41,7 @@ def options_of(row: Mapping[str, str]) -> tuple[str, ...] | None:
         The options in the order named, at least two; None where the instruction does not end so: no multiple choice.
     """
     found = _ANSWER_FORMAT.search(row["instruction"])
-    options = tuple(dict.fromkeys(found[1].split("/"))) if found else ()
+    options = tuple(dict.fromkeys(map(str.strip, found[1].split("/")))) if found else ()
     return options if len(options) > 1 else None
 
 
@@ -188,7 +201,7 @@ def grade(row: Mapping[str, str], text: str) -> tuple[str | None, bool]:
     if not stated:
         all_of_it = re.fullmatch(rf"{_AROUND}({re.escape(whole)}){_AROUND}", text, re.IGNORECASE)
         return (all_of_it[1], True) if all_of_it and whole else (text.strip() or None, False)
-    found = re.compile(rf"\W{{0,5}}?({re.escape(whole)})(?!\w)", re.IGNORECASE).match(text, stated[-1].start(1))
+    found = re.compile(rf"\W{{0,5}}?({re.escape(whole)})(?!{_LETTER})", re.IGNORECASE).match(text, stated[-1].start(1))
     return (found[1], True) if found and whole else (stated[-1][2] or None, False)
 
 
@@ -199,7 +212,7 @@ def _mentions(answer: str, output: str) -> int:
 
 def _whole(pattern: str) -> str:
     """The pattern, not inside a longer word."""
-    return rf"(?<!\w)(?:{pattern})(?!\w)"
+    return rf"(?<!{_LETTER})(?:{pattern})(?!{_LETTER})"
 
 
 def _word(word: str) -> str:

@@ -82,7 +82,7 @@ def _keeping_dtypes(model: Any) -> Iterator[None]:
     if not isinstance(model, PeftModel):
         yield
         return
-    model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)  # type: ignore[method-assign]
+    model.load_adapter = partial(model.load_adapter, autocast_adapter_dtype=False)
     try:
         yield
     finally:

@@ -19,6 +19,8 @@ Row = dict[str, str]
 
 REQUIRED_FIELDS = ("instruction", "output")
 OPTIONAL_FIELDS = ("input", "answer", "task")
+# What a conversation may have for a model that calls tools, and is not written for it here.
+OF_TOOLS = ("tools", "functions", "tool_calls", "function_call")
 MAX_SHOWN_PROBLEMS = 10
 MAX_SHOWN_CHARACTERS = 300
 
@@ -109,6 +111,7 @@ def load_examples(path: str | Path, *, chat_template: bool = False) -> list[Exam
 
     A file holds one kind, that of its first row: with `instruction` instruction rows, otherwise with `messages`
     conversations (a list of objects with `role` and `content`, the last one the assistant's) or with `text` texts.
+    Tools, calls of tools, and messages with a `weight` other than 1 are refused: they would be left out.
 
     Args:
         path: As for `load_rows`.
@@ -233,17 +236,31 @@ def _conversation_problem(value: dict[str, Any]) -> str | None:
     messages = value.get("messages")
     if not isinstance(messages, list):
         return "field 'messages' is missing or no list"
+    if problem := _tools_problem(value):
+        return problem
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             return f"message {number} must be a JSON object, got {type(message).__name__}"
-        for field in ("role", "content"):
-            if problem := _text_problem(message, field):
-                return f"message {number}: {problem}"
+        problems = (_tools_problem(message), *(_text_problem(message, field) for field in ("role", "content")))
+        if problem := next(filter(None, (*problems, _weight_problem(message))), None):
+            return f"message {number}: {problem}"
     roles = [message["role"] for message in messages]
     if len(roles) < 2 or roles[0] == "assistant" or roles[-1] != "assistant":
         must = "messages must begin with another role than the assistant and end with the assistant"
         return f"{must}, got {reprlib.repr(roles)}"
     return None
+
+
+def _tools_problem(value: dict[str, Any]) -> str | None:
+    """What a row or a message has of tools, which would be left out, or None."""
+    found = next((field for field in OF_TOOLS if value.get(field)), None)
+    return found and f"field '{found}' must be absent: models are not trained to call tools here"
+
+
+def _weight_problem(message: dict[str, Any]) -> str | None:
+    """Why the message's weight cannot be kept to, or None."""
+    weight = message.get("weight", 1)
+    return None if weight == 1 else f"field 'weight' must be 1, since every answer is learned, got {weight!r}"
 
 
 def _turns(messages: list[dict[str, str]]) -> Iterator[Conversation]:

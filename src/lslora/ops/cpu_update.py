@@ -34,7 +34,8 @@ class Product:
         self.h, self.weight = _filled(h.reshape(-1, r), 1 if few else GROUP, LANES), _filled(weight, COLUMNS, LANES)
         self.across = None if few else torch.empty_like(self.weight)
         self.threads = torch.get_num_threads()
-        addresses = self.h.data_ptr(), self.weight.data_ptr(), None if few else self.across.data_ptr()
+        across = None if self.across is None else self.across.data_ptr()
+        addresses = self.h.data_ptr(), self.weight.data_ptr(), across
         self.structure = _Product(*addresses, h.numel() // r, m, self.h.shape[1], self.threads)
         self.shape = ctypes.byref(self.structure)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import json
 import sys
 from itertools import zip_longest
@@ -32,12 +33,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", metavar="FILE", help="output of eval_lslora.py")
     paths = parser.parse_args(arguments).files
     scoring = load_scoring()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which may have no characters for a task's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sides = [read_sides(Path(path)) for path in paths]
         columns = {path: own for path, (own, *_) in zip(paths, sides, strict=True)}
         if len(paths) == 1 and (base := sides[0][1:]):
-            columns["base"] = base[0]
-            title, comparison = "Adapter minus base", scoring.compare(base[0], columns[paths[0]])
+            columns["base" if paths[0] != "base" else "its base"] = base[0]
+            title, comparison = "Adapter minus base", scoring.compare(base[0], sides[0][0])
         elif len(paths) == 2:
             title, comparison = "Second file minus first", scoring.compare(*(own for own, *_ in sides))
         else:

@@ -29,7 +29,7 @@ from lslora.data import Row, RowFile
 from lslora.evaluation import by_index, check_rows, in_row_order, predict
 from lslora.files import sha256, write_json_whole
 from lslora.partial_results import PartialResults
-from lslora.progress import bars_hidden, hide_library_bars, hide_library_warnings
+from lslora.progress import bars_hidden, hide_library_bars, hide_library_warnings, print_any_text
 from lslora.scoring import Prediction, compare, format_comparison, format_table, summarize
 
 T = TypeVar("T")
@@ -41,6 +41,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation; 0 when it is done, 1 when it cannot be written, 2 when arguments or data are not usable."""
     args = parse_arguments(arguments)
+    print_any_text()
     if args.quiet:
         hide_library_warnings()
     try:

@@ -26,16 +26,18 @@ from lslora.data import Example, Row, are_conversations, load_examples, load_row
 from lslora.evaluation import evaluate
 from lslora.export import export_lora, observe_updates
 from lslora.files import write_whole
-from lslora.progress import bars_hidden, hide_library_bars, hide_library_warnings
+from lslora.progress import bars_hidden, hide_library_bars, hide_library_warnings, print_any_text
 from lslora.prompts import example_ids
 from lslora.scoring import compare, format_comparison, format_table, summarize
 
 WORST = 5  # layers shown
+EXPORT = "export.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Export the adapter; 0 when it is written, 2 when it cannot be."""
     args = parser().parse_args(arguments)
+    print_any_text()
     if args.quiet:
         hide_library_warnings()
     try:
@@ -53,7 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
             place=lambda index: f"{args.eval_dataset}: row {index + 1}",
         )
         results = export(args, base, examples, eval_rows)
-        write_whole(args.output / "export.json", json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     except (OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,10 +86,15 @@ def tolerance(text: str) -> float:
 
 
 def check_output(folder: Path) -> None:
-    """ValueError for a folder with an LS-LoRA adapter, the one to export or another: it would be gone."""
+    """ValueError for a folder with a trained adapter, the one to export or another: it would be gone."""
     path = folder / "adapter_config.json"
-    if path.is_file() and read_object(path).get("peft_type") == "LSLORA":
-        raise ValueError(f"--output must not be the folder of an LS-LoRA adapter, which would be lost, got {folder}")
+    if not path.is_file():
+        return
+    if read_object(path).get("peft_type") == "LSLORA" or not (folder / EXPORT).is_file():
+        raise ValueError(
+            f"--output must be a new folder or that of an earlier export, since the adapter in it would be lost, "
+            f"got {folder}"
+        )
 
 
 def check_lengths(base: BaseModel, examples: list[Example], dataset: str) -> None:
@@ -102,7 +108,7 @@ def check_lengths(base: BaseModel, examples: list[Example], dataset: str) -> Non
 
 
 def export(args: argparse.Namespace, base: BaseModel, examples: list[Example], eval_rows: list[Row]) -> dict[str, Any]:
-    """Write the adapter; what `export.json` holds."""
+    """Write the adapter and `export.json`; what that holds."""
     if bars_hidden(args.quiet):
         hide_library_bars()
     model, tokenizer = load_model(base, args.adapter, "auto"), base.tokenizer
@@ -118,13 +124,19 @@ def export(args: argparse.Namespace, base: BaseModel, examples: list[Example], e
         "tolerance": args.tolerance,
         "errors": errors,
     }
+    write_results(args.output, results)
     if eval_rows:
         before = answers(model, tokenizer, eval_rows, args, "LS-LoRA")
         plain = PeftModel.from_pretrained(model.unload(), args.output).eval()
         after = answers(plain, tokenizer, eval_rows, args, "plain LoRA")
         results["evaluation"] = {"lslora": summarize(before), "plain": summarize(after)}
         results["comparison"] = compare(before, after)
+        write_results(args.output, results)
     return results
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    write_whole(folder / EXPORT, json.dumps(results, ensure_ascii=False, indent=1) + "\n")
 
 
 def answers(model: Any, tokenizer: Any, rows: list[Row], args: argparse.Namespace, name: str) -> Any:

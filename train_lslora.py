@@ -11,19 +11,23 @@ import logging
 import os
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from lslora.base_model import BaseModel
     from lslora.data import Example, Row
 
-TRACKERS = ("wandb", "tensorboard", "trackio")
+# Those whose package has their name.
+TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "clearml", "codecarbon", "dvclive", "swanlab")
+TRACKERS += ("neptune", "dagshub")
 OCCUPANCY_BATCHES = 8
+SPLINE_PICTURES = ("spline_curves", "spline_deviations")
 # What may differ between a run and its going on with --resume: how long it is, how a step is spread over processes,
 # and what it tells of itself.
 MAY_CHANGE = ("max_steps", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
@@ -135,25 +139,29 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Check, train and report; the exit status."""
-    from lslora.progress import hide_library_warnings
+    from lslora.progress import hide_library_warnings, print_any_text
+    from lslora.run_folder import alone_in
 
+    print_any_text()
     if args.quiet:
         hide_library_warnings()
-    try:
-        base, examples, eval_rows = check(args)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        trainer = make_trainer(args, base, examples)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        return train(trainer, args, eval_rows)
-    except (FloatingPointError, ImportError, OSError) as error:  # among them: a checkpoint that cannot be written
-        print(f"error: {args.output_dir}: {error}", file=sys.stderr)
-        return 1
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone_in(args.output_dir))
+            base, examples, eval_rows = check(args)
+        except (ImportError, OSError, TypeError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        try:
+            trainer = make_trainer(args, base, examples)
+        except (ImportError, OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        try:
+            return train(trainer, args, eval_rows)
+        except (FloatingPointError, ImportError, OSError) as error:  # among them: a checkpoint that cannot be written
+            print(f"error: {args.output_dir}: {error}", file=sys.stderr)
+            return 1
 
 
 def check(args: argparse.Namespace) -> tuple[BaseModel, list[Example], list[Row]]:
@@ -165,6 +173,9 @@ def check(args: argparse.Namespace) -> tuple[BaseModel, list[Example], list[Row]
     from lslora.data import are_conversations, load_examples, load_rows
     from lslora.files import sha256
 
+    for name, value in vars(args).items():
+        if isinstance(value, str) and not is_utf8(value):
+            raise ValueError(f"{name} must be text in UTF-8, which the run's records are written in, got {value!a}")
     examples = load_examples(args.dataset_path, chat_template=args.chat_template)
     eval_rows = load_rows(args.eval_dataset_path) if args.eval_dataset_path else []
     args.chat_template = are_conversations(examples)  # the evaluation's rows are asked as the model was trained
@@ -181,6 +192,15 @@ def check(args: argparse.Namespace) -> tuple[BaseModel, list[Example], list[Row]
         raise ValueError("this run cannot start here:\n" + "\n".join(f"- {m}" for m in missing))
     check_settings(args)
     return base, usable_examples(args, base, examples, eval_rows), eval_rows
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a string can be written; a path that was given in other bytes cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def missing_for(args: argparse.Namespace) -> list[str]:
@@ -210,6 +230,13 @@ def check_settings(args: argparse.Namespace) -> None:
 
     if args.spline_lr is not None and not args.spline_lr > 0:
         raise ValueError(f"spline_lr must be positive, got {args.spline_lr}")
+    if "all-linear" in args.target_modules and len(args.target_modules) > 1:
+        raise ValueError(f"target_modules must be all-linear alone or names of layers, got {args.target_modules}")
+    if not args.lora_alpha > 0 or not args.lora_dropout < 1:
+        raise ValueError(
+            f"lora_alpha must be positive and lora_dropout below 1, or nothing is learned, "
+            f"got {args.lora_alpha} and {args.lora_dropout}"
+        )
     if args.report_to != ["none"]:
         get_reporting_integration_callbacks(args.report_to)
     adapter_config(args)
@@ -282,12 +309,14 @@ def train(trainer: Any, args: argparse.Namespace, eval_rows: list[Row]) -> int:
     """Train, save and report; 0, or 128 + signal where one ended the training early."""
     from lslora.interruption import StopOnSignal
     from lslora.report import write_report
-    from lslora.run_folder import steps_of, write_run
+    from lslora.run_folder import earlier_evaluation, steps_of, write_run
 
     tokenizer, speaks = trainer.processing_class, trainer.is_world_process_zero() and not args.quiet
     checkpoint = resume_point(trainer, args) if args.resume else None
+    evaluation: dict[str, Any] = {}
     if checkpoint and steps_of(checkpoint) == args.max_steps:
-        begin(trainer, args, checkpoint)
+        evaluation = earlier_evaluation(args.output_dir)  # of the same adapter
+        begin(trainer, args, checkpoint, evaluation)
         load_finished(trainer, checkpoint)
     else:
         with StopOnSignal() as stop:
@@ -297,10 +326,13 @@ def train(trainer: Any, args: argparse.Namespace, eval_rows: list[Row]) -> int:
         if stop.signal:
             return tell_stopped(trainer, stop.signal)
     save(trainer, Path(args.output_dir))
-    write_card(trainer, args, None)
+    write_card(trainer, args, evaluation.get("accuracy"))
     if args.method == "lslora":
         report_splines(trainer, args)
-    evaluation = report_accuracy(trainer, tokenizer, eval_rows, args) if eval_rows else {}
+    elif trainer.is_world_process_zero():
+        remove_splines(Path(args.output_dir))
+    if eval_rows:
+        evaluation = report_accuracy(trainer, tokenizer, eval_rows, args)
     write_card(trainer, args, evaluation.get("accuracy"))
     if trainer.is_world_process_zero():
         write_run(args.output_dir, settings_of(args), evaluation)
@@ -334,7 +366,12 @@ def before_the_first_step(action: Callable[[], None]) -> Any:
     return BeforeTheFirstStep()
 
 
-def begin(trainer: Any, args: argparse.Namespace, checkpoint: Path | None) -> None:
+def begin(
+    trainer: Any,
+    args: argparse.Namespace,
+    checkpoint: Path | None,
+    evaluation: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Make the folder this run's: `run.json` holds its settings, and nothing goes on from an earlier run."""
     from lslora.callback import DIAGNOSTICS
     from lslora.checkpoints import unseal
@@ -348,7 +385,7 @@ def begin(trainer: Any, args: argparse.Namespace, checkpoint: Path | None) -> No
             unseal(args.output_dir)
             for name in (STATE, DIAGNOSTICS):  # of an earlier run, whose log a report would take for this one's
                 Path(args.output_dir, name).unlink(missing_ok=True)
-        write_run(args.output_dir, settings_of(args), {})
+        write_run(args.output_dir, settings_of(args), evaluation)
 
 
 def load_finished(trainer: Any, checkpoint: Path) -> None:
@@ -497,12 +534,20 @@ def report_splines(trainer: Any, args: argparse.Namespace) -> None:
         return
     folder = Path(args.output_dir)
     save_records(records, folder / DIAGNOSTICS)
-    pictures = {"spline_curves": plots.plot_splines(records), "spline_deviations": plots.plot_deviations(records)}
-    for name, picture in pictures.items():
+    pictures = plots.plot_splines(records), plots.plot_deviations(records)
+    for name, picture in zip(SPLINE_PICTURES, pictures, strict=True):
         with replacing(folder / f"{name}.png") as part:
             picture.savefig(part, dpi=130)
     if not args.quiet:
         Console().print(spline_table(records))
+
+
+def remove_splines(folder: Path) -> None:
+    """What an earlier run left in the folder of its splines: the adapter that is there now has none."""
+    from lslora.callback import COURSE
+
+    for name in (COURSE, *(f"{picture}.png" for picture in SPLINE_PICTURES)):
+        (folder / name).unlink(missing_ok=True)
 
 
 def run_batches(trainer: Any, count: int, *, silent: bool) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCau
 
 from lslora import LSLoraConfig
 from lslora.base_model import BaseModel
+from lslora.run_folder import alone_in
 from lslora.training import RECOMMENDED_SPLINE_LR
 from tests.tiny import ROWS
 
@@ -99,6 +100,47 @@ def test_a_log_file_holds_no_progress_bars(tiny, tmp_path, quiet):
     assert ("FutureWarning" in done.stderr) <= (not quiet)
     assert ("wandb:" in done.stdout + done.stderr) != quiet
     assert any((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_an_output_that_lacks_the_characters_of_a_name_costs_no_results(tiny, tmp_path):
+    rows = written(tmp_path / "prüfung.jsonl", [row | {"task": "中文 $5"} for row in ROWS])
+    command = [sys.executable, ROOT / "train_lslora.py", "--model_name", tiny / "model", "--max_steps", 2, "--r", 2]
+    command += ["--dataset_path", rows, "--output_dir", tmp_path / "out", "--eval_dataset_path", rows]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, check=True)
+    assert rb"pr\xfcfung.jsonl in per cent" in done.stdout and rb"\u4e2d\u6587 $5" in done.stdout
+    assert "中文 $5" in json.loads((tmp_path / "out" / "run.json").read_text())["accuracy"]["base"]["tasks"]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_two_runs_do_not_write_one_folder(tiny, tmp_path, capsys):
+    with alone_in(tmp_path / "out"):
+        assert run(tiny, tmp_path / "out") == 2
+        assert f"error: another run is writing {tmp_path / 'out'}: wait for it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(tiny, tmp_path / "out") == 0
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_finished_run_that_is_looked_at_again_keeps_its_accuracy(tiny, tmp_path):
+    rows = tiny / "train.jsonl"
+    assert run(tiny, tmp_path, "--save_steps", 2, "--eval_dataset_path", rows) == 0
+    before = json.loads((tmp_path / "run.json").read_text())
+    assert run(tiny, tmp_path, "--save_steps", 2, "--resume") == 0
+    after = json.loads((tmp_path / "run.json").read_text())
+    assert after["accuracy"] == before["accuracy"] and after["comparison"] == before["comparison"]
+    assert "## Accuracy" in (tmp_path / "README.md").read_text()
+    assert run(tiny, tmp_path, "--save_steps", 2, "--resume", "--max_steps", 5) == 0  # another adapter
+    assert "accuracy" not in json.loads((tmp_path / "run.json").read_text())
+
+
+def test_plain_lora_leaves_no_pictures_of_an_earlier_run_s_splines(tiny, tmp_path):
+    assert run(tiny, tmp_path) == 0
+    assert {path.name for path in tmp_path.glob("spline_*")} == {
+        "spline_course.jsonl", "spline_curves.png", "spline_deviations.png", "spline_diagnostics.json"
+    }  # fmt: skip
+    assert run(tiny, tmp_path, "--method", "lora") == 0
+    assert not any(tmp_path.glob("spline_*"))
 
 
 def test_resume_goes_on_where_a_run_stopped(tiny, tmp_path):
@@ -281,7 +323,15 @@ def test_wandb_without_a_key_writes_an_offline_run(tiny, tmp_path, monkeypatch, 
         (["--chat_template"], "a chat template: the tokenizer of"),
         (["--num_knots", 1], "num_knots must be at least 2, got 1"),
         (["--k_min", 1], "0 must lie within k_min and k_max"),
-        (["--lora_dropout", 1.5], "lora_dropout must"),
+        (["--lora_dropout", 1.5], "lora_dropout below 1"),
+        (["--lora_alpha", 0], "lora_alpha must be positive"),
+        (["--target_modules", "all-linear", "lm_head"], "target_modules must be all-linear alone"),
+        (["--eval_dataset_path", "caf\udce9.jsonl"], "eval_dataset_path must be text in UTF-8"),
+        pytest.param(
+            ["--report_to", "codecarbon"],
+            "codecarbon, for --report_to codecarbon",
+            marks=pytest.mark.skipif(importlib.util.find_spec("codecarbon") is not None, reason="it is installed"),
+        ),
         (["--spline_lr", 0], "spline_lr must be positive, got 0"),
         (["--lr_scheduler_type", "stairs"], "stairs"),
         (["--lr_scheduler_type", "cosine_with_min_lr"], "min_lr"),
@@ -489,7 +539,10 @@ def test_what_it_saves_is_exported_as_plain_lora(tiny, tmp_path, capsys):
     assert "error: the linear updates must be within 0 of the trained ones" in capsys.readouterr().err
     over = [*arguments[:-1], tmp_path / "trained" / "." / "", "--tolerance", 1]
     assert export_lslora.main([str(a) for a in over]) == 2
-    assert "must not be the folder of an LS-LoRA adapter" in capsys.readouterr().err
+    assert "must be a new folder or that of an earlier export" in capsys.readouterr().err
+    assert run(tiny, tmp_path / "lora", "--method", "lora") == 0
+    assert export_lslora.main([str(a) for a in (*arguments[:-1], tmp_path / "lora", "--tolerance", 1)]) == 2
+    assert "must be a new folder or that of an earlier export" in capsys.readouterr().err
     alike = ["--tolerance", 1, "--eval_dataset", written(tmp_path / "eval.jsonl", [ALIKE])]
     assert export_lslora.main([str(a) for a in (*arguments, *alike)]) == 2
     assert "row 1: no option's tokens may begin" in capsys.readouterr().err
@@ -499,22 +552,27 @@ def test_what_it_saves_is_exported_as_plain_lora(tiny, tmp_path, capsys):
     results = json.loads((tmp_path / "plain" / "export.json").read_text())
     assert len(results["errors"]) == 14 and all(0 <= error < 1 for error in results["errors"].values())
     assert results["comparison"]["n"] == len(ROWS)
+    assert export_lslora.main([str(a) for a in (*arguments, "--tolerance", 1)]) == 0  # once more
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert plain.peft_config["default"].peft_type == "LORA"
     assert any(parameter.abs().max() > 0 for name, parameter in plain.named_parameters() if "lora_B" in name)
 
 
-def test_eval_recipe_takes_the_paths_of_whoever_calls(tiny, tmp_path):
+def test_recipes_take_the_paths_of_whoever_calls(tiny, tmp_path):
     assert run(tiny, tmp_path / "adapter") == 0
     environment = tmp_path / "environment"  # nothing to install, nothing to enter
     (environment / "bin").mkdir(parents=True)
     (environment / "bin" / "activate").touch()
     (environment / ".installed-train").write_bytes((ROOT / "constraints.txt").read_bytes())
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["bash", ROOT / "eval_lslora.sh", tmp_path / "adapter", "--dataset", "train.jsonl", "--output", "a.json"]
+    asking = ["bash", ROOT / "eval_lslora.sh", tmp_path / "adapter", "--dataset", "train.jsonl", "--output", "a.json"]
+    training = ["bash", ROOT / "train_lslora.sh", "smollm2", "--model_name", tiny / "model", "--max_steps", "6"]
+    training += ["--dataset_path", "train.jsonl", "--eval_dataset_path", "train.jsonl", "--output_dir", "trained"]
     variables = {**os.environ, "PATH": path, "LSLORA_VENV": str(environment)}
     there = tmp_path / "there"
     there.mkdir()
     (there / "train.jsonl").write_bytes((tiny / "train.jsonl").read_bytes())
-    subprocess.run(command, cwd=there, env=variables, check=True, capture_output=True)
+    for command in (asking, training):
+        subprocess.run(command, cwd=there, env=variables, check=True, capture_output=True)
     assert len(json.loads((there / "a.json").read_text())["predictions"]) == len(ROWS)
+    assert json.loads((there / "trained" / "run.json").read_text())["accuracy"]["base"]["micro"]["n"] == len(ROWS)

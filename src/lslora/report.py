@@ -162,7 +162,7 @@ def _plot_accuracy(summaries: dict[str, Any]) -> Figure:
         axis.plot(
             [100 * f["accuracy"] for f, _ in present], [y for _, y in present], "o", color=f"C{place}", label=name
         )
-    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)  # a $ is no formula
     axis.invert_yaxis()
     axis.set_xlabel("accuracy in per cent, with 95 % intervals", fontsize=8)
     axis.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""The output folder of a run: `run.json`, and whether a run may begin there or go on.
+"""The output folder of a run: `run.json`, whether a run may begin there or go on, and that no other is at it.
 
 `run.json` holds what the run was told (`settings`), what ran it (`versions`) and, at the end, how the model answered.
 """
@@ -6,10 +6,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .checkpoints import last_whole_checkpoint
 from .files import write_whole
@@ -18,6 +22,36 @@ RUN = "run.json"
 STATE = "trainer_state.json"
 PACKAGES = ("lslora", "peft", "torch", "transformers", "trl")
 NEEDED = {"method", "model_name", "dataset_path"}
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Keep other runs out of an output folder: both would write the same files. Of several processes the first does.
+
+    Raises:
+        ValueError: another run is in it.
+    """
+    folder = Path(folder)
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    is_new, lock = not folder.exists(), FileLock(folder / ".lock", timeout=0)
+    # Where a folder cannot be written, or its file system has no locks, the run itself says what there is to say.
+    with suppress(OSError, NotImplementedError):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise ValueError(f"another run is writing {folder}: wait for it or choose another output_dir") from error
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()  # of a run that was refused
 
 
 def write_run(folder: str | Path, settings: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
@@ -57,6 +91,14 @@ def earlier_settings(folder: str | Path) -> dict[str, Any]:
     """Those of the run that was here before; none where there is no file of them, or none that can be read."""
     try:
         return read_run(folder)["settings"]
+    except (OSError, ValueError):
+        return {}
+
+
+def earlier_evaluation(folder: str | Path) -> dict[str, Any]:
+    """How the model of the run that was here before answered; nothing where `earlier_settings` has nothing."""
+    try:
+        return {name: found for name, found in read_run(folder).items() if name not in ("settings", "versions")}
     except (OSError, ValueError):
         return {}
 

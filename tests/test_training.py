@@ -401,8 +401,16 @@ def test_an_optimizer_with_its_scheduler_must_know_the_splines(tmp_path):
         trained(separated=False)
 
 
-def test_a_layer_wise_optimizer_is_refused(tmp_path):
-    settings = {"optimizers": (LayerWiseDummyOptimizer(), None)}
+class StepsInBackward(torch.optim.Optimizer):
+    """As LOMO, which has no step that anything could be added to."""
+
+    def __init__(self, parameters=()):
+        super().__init__(parameters or [torch.zeros(1)], {"lr": 1e-3})
+
+
+@pytest.mark.parametrize("optimizer", [LayerWiseDummyOptimizer, StepsInBackward])
+def test_an_optimizer_that_steps_in_the_backward_pass_is_refused(tmp_path, optimizer):
+    settings = {"optimizers": (optimizer(), None)}
     trainer = sft(tmp_path, model(), trainer=SplineSFTTrainer, trainer_settings=settings)
     with pytest.raises(ValueError, match="takes its steps within the backward pass"):
         trainer.create_optimizer()

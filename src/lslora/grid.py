@@ -114,7 +114,8 @@ class MeasuredGrid(KeepsFp32):
             raise ValueError(
                 "a spline with learned heights must have its grid_scale, a buffer, and that is not positive: who "
                 "copies an adapter must copy its state dict, not its parameters alone. TRL's reference adapter is "
-                "completed by lslora.training.SplineTrainerMixin; AveragedModel needs use_buffers=False"
+                "completed by lslora.training.SplineTrainerMixin; an average of a model (AveragedModel, timm's "
+                "ModelEmaV3) must leave the buffers out, use_buffers=False, or begin once the grids are measured"
             )
         if getattr(self, "_is_replica", False):
             raise ValueError(

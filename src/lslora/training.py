@@ -5,6 +5,7 @@ The penalty needs nothing here: it reaches every optimizer by itself, see `lslor
 
 from __future__ import annotations
 
+from inspect import unwrap
 from itertools import compress
 from typing import Any, cast
 
@@ -115,7 +116,7 @@ class SplineTrainerMixin:
         FloatingPointError: in training, when the loss or a gradient is not finite; it names the step, the layer where
             that begins and its spline's state.
         ValueError: `spline_lr` is not positive, DeepSpeed is set to its own optimizer or to fp16, the optimizer is
-            a layer-wise one, or the trainer is given an optimizer and a scheduler that know of no group for the
+            a layer-wise one or LOMO, or the trainer is given an optimizer and a scheduler that know of no group for the
             splines.
     """
 
@@ -144,10 +145,12 @@ class SplineTrainerMixin:
         inner = getattr(optimizer, "optimizer", optimizer)
         if inner is self._separated:
             return optimizer
-        if isinstance(inner, LayerWiseDummyOptimizer):
+        has_step = unwrap(type(inner).step) is not unwrap(Optimizer.step)  # torch puts its hooks around it
+        if isinstance(inner, LayerWiseDummyOptimizer) or not has_step:
             raise ValueError(
-                "a layer-wise optimizer (optim='..._layerwise') takes its steps within the backward pass, past the "
-                "splines' learning rate and the check of the gradients: take the same one without _layerwise"
+                "an optimizer that takes its steps within the backward pass (LOMO, optim='..._layerwise') passes by the "
+                "splines' learning rate, the check of the gradients, and without a step of its own the penalty and the "
+                "calibration: take another one, or the same without _layerwise"
             )
         model, scheduler = self.model, self.lr_scheduler  # type: ignore[attr-defined]
         if scheduler is None:

@@ -116,8 +116,8 @@ class SplineTrainerMixin:
         FloatingPointError: in training, when the loss or a gradient is not finite; it names the step, the layer where
             that begins and its spline's state.
         ValueError: `spline_lr` is not positive, DeepSpeed is set to its own optimizer or to fp16, the optimizer is
-            a layer-wise one or LOMO, or the trainer is given an optimizer and a scheduler that know of no group for the
-            splines.
+            a layer-wise one or LOMO, or the trainer is given an optimizer and a scheduler that know of no group for
+            the splines.
     """
 
     def __init__(self, *args: Any, spline_lr: float | None = None, **kwargs: Any) -> None:
@@ -148,9 +148,9 @@ class SplineTrainerMixin:
         has_step = unwrap(type(inner).step) is not unwrap(Optimizer.step)  # torch puts its hooks around it
         if isinstance(inner, LayerWiseDummyOptimizer) or not has_step:
             raise ValueError(
-                "an optimizer that takes its steps within the backward pass (LOMO, optim='..._layerwise') passes by the "
-                "splines' learning rate, the check of the gradients, and without a step of its own the penalty and the "
-                "calibration: take another one, or the same without _layerwise"
+                "an optimizer that takes its steps within the backward pass (LOMO, optim='..._layerwise') passes by "
+                "the splines' learning rate, the check of the gradients, and without a step of its own the penalty "
+                "and the calibration: take another one, or the same without _layerwise"
             )
         model, scheduler = self.model, self.lr_scheduler  # type: ignore[attr-defined]
         if scheduler is None:

@@ -189,7 +189,7 @@ def check_questions(
 class Questions:
     """The rows of all files, read from them whenever they are gone through; with a limit, so many drawn of each.
 
-    A row without a task gets the file's name, or the folder's where that tells more.
+    A row without a task gets the file's name, or the folder's where that tells more, or both where files share a name.
     """
 
     def __init__(self, paths: list[Path], limit: int | None, seed: int) -> None:
@@ -199,11 +199,10 @@ class Questions:
         return sum(map(self._wanted, self.files))
 
     def __iter__(self) -> Iterator[Row]:
-        for file in self.files:
-            path = file.path
-            stem = path.stem if path.stem not in ("train", "validation", "test") else path.resolve().parent.name
+        names = task_names([file.path for file in self.files])
+        for file, name in zip(self.files, names, strict=True):
             for row in drawn(file, self._wanted(file), self.seed):
-                yield row | {"task": row["task"] or stem}
+                yield row | {"task": row["task"] or name}
 
     def place(self, index: int) -> str:
         """The file of the row with this index, and its number there, from 1."""
@@ -217,6 +216,20 @@ class Questions:
 
     def _wanted(self, file: RowFile) -> int:
         return len(file) if self.limit is None else min(self.limit, len(file))
+
+
+def task_names(paths: list[Path]) -> list[str]:
+    """What the rows of each file are called that name no task."""
+    folders = [path.resolve().parent.name for path in paths]
+    names = [
+        folder if path.stem in ("train", "validation", "test") else path.stem
+        for path, folder in zip(paths, folders, strict=True)
+    ]
+    shared = {name for name in names if names.count(name) > 1}
+    return [
+        f"{folder}/{path.stem}" if name in shared else name
+        for name, path, folder in zip(names, paths, folders, strict=True)
+    ]
 
 
 def drawn(rows: Collection[T], count: int, seed: int) -> Iterator[T]:

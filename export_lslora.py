@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ EXPORT = "export.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Export the adapter; 0 when it is written, 2 when it cannot be."""
+    """Export the adapter; 0 when it is written, 2 when it cannot be, 130 after Ctrl-C."""
     args = parser().parse_args(arguments)
     print_any_text()
     if args.quiet:
@@ -58,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     if not args.quiet:
         report(results)
     return 0

@@ -781,6 +781,12 @@ def test_script_knows_where_a_row_stands(script, tmp_path, limit):
         questions.place(len(questions))
 
 
+def test_rows_without_a_task_are_called_after_their_file(script):
+    paths = [Path(name) for name in ("a/quiz.json", "b/quiz.json", "a/boolq.json", "arc/test.json", "piqa/test.json")]
+    assert script.task_names(paths) == ["a/quiz", "b/quiz", "boolq", "arc", "piqa"]
+    assert script.task_names([Path("a/arc/test.json"), Path("b/arc/dev.json")]) == ["arc", "dev"]
+
+
 def test_script_refuses_an_output_that_is_a_folder(script, arguments, capsys):
     arguments["--output"].mkdir(parents=True)
     assert script.main(command(arguments)) == 2

@@ -475,6 +475,15 @@ def test_an_export_that_cannot_end_well_stops_before_the_model_is_loaded(tmp_pat
         export_lslora.check_output(tmp_path)
 
 
+def test_ctrl_c_ends_an_export_in_a_word(capsys, monkeypatch):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_lslora, "load_examples", pressed)
+    assert export_lslora.main(["--adapter", "a", "--dataset", "rows.jsonl", "--output", "plain"]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_an_export_knows_that_the_embedded_model_has_no_limit():
     export_lslora.check_lengths(BaseModel("smollm2"), [{"text": "one two"}], "rows.jsonl")
 

@@ -102,14 +102,17 @@ def test_a_log_file_holds_no_progress_bars(tiny, tmp_path, quiet):
     assert any((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
+TASK = r"中文 from $\5 to $10"  # what stands between two $ is no formula
+
+
 def test_an_output_that_lacks_the_characters_of_a_name_costs_no_results(tiny, tmp_path):
-    rows = written(tmp_path / "prüfung.jsonl", [row | {"task": "中文 $5"} for row in ROWS])
+    rows = written(tmp_path / "prüfung.jsonl", [row | {"task": TASK} for row in ROWS])
     command = [sys.executable, ROOT / "train_lslora.py", "--model_name", tiny / "model", "--max_steps", 2, "--r", 2]
     command += ["--dataset_path", rows, "--output_dir", tmp_path / "out", "--eval_dataset_path", rows]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, check=True)
-    assert rb"pr\xfcfung.jsonl in per cent" in done.stdout and rb"\u4e2d\u6587 $5" in done.stdout
-    assert "中文 $5" in json.loads((tmp_path / "out" / "run.json").read_text())["accuracy"]["base"]["tasks"]
+    assert rb"pr\xfcfung.jsonl in per cent" in done.stdout and TASK.encode("ascii", "backslashreplace") in done.stdout
+    assert TASK in json.loads((tmp_path / "out" / "run.json").read_text())["accuracy"]["base"]["tasks"]
     assert (tmp_path / "out" / "report.html").exists()
 
 

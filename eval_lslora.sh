@@ -10,9 +10,9 @@ if [ $# -eq 0 ] || [ ! -f "$1/adapter_config.json" ]; then
     echo "usage: bash eval_lslora.sh DIR, with DIR the folder of a trained adapter (it holds adapter_config.json)" >&2
     exit 2
 fi
-adapter=$(cd "$1" && pwd)
+adapter=$(CDPATH="" cd "$1" && pwd)
 shift
-repository=$(cd "$(dirname "$0")" && pwd)
+repository=$(CDPATH="" cd "$(dirname "$0")" && pwd)
 
 pushd "$repository" >/dev/null
 source scripts/environment.sh train

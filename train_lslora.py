@@ -184,8 +184,9 @@ def check(args: argparse.Namespace) -> tuple[BaseModel, list[Example], list[Row]
     missing = missing_for(args)
     try:
         base = BaseModel(args.model_name)
-        if args.chat_template and not base.tokenizer.chat_template:
-            raise ValueError(f"a chat template: the tokenizer of {base.name} has none, and conversations need one")
+        tokenizer = base.tokenizer
+        if args.chat_template and not tokenizer.chat_template:
+            missing.append(f"a chat template: the tokenizer of {base.name} has none, and conversations need one")
     except ValueError as error:
         missing.append(str(error))
     if missing:
@@ -309,13 +310,15 @@ def train(trainer: Any, args: argparse.Namespace, eval_rows: list[Row]) -> int:
     """Train, save and report; 0, or 128 + signal where one ended the training early."""
     from lslora.interruption import StopOnSignal
     from lslora.report import write_report
-    from lslora.run_folder import earlier_evaluation, steps_of, write_run
+    from lslora.run_folder import earlier_evaluation, earlier_settings, steps_of, write_run
 
     tokenizer, speaks = trainer.processing_class, trainer.is_world_process_zero() and not args.quiet
     checkpoint = resume_point(trainer, args) if args.resume else None
     evaluation: dict[str, Any] = {}
     if checkpoint and steps_of(checkpoint) == args.max_steps:
-        evaluation = earlier_evaluation(args.output_dir)  # of the same adapter
+        if not args.eval_dataset_path:  # the same adapter has answered these rows
+            evaluation = earlier_evaluation(args.output_dir)
+            args.eval_dataset_path = earlier_settings(args.output_dir).get("eval_dataset_path")
         begin(trainer, args, checkpoint, evaluation)
         load_finished(trainer, checkpoint)
     else:

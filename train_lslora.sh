@@ -9,9 +9,9 @@
 # Paths in it are those of whoever calls; the recipe's own are in the repository.
 #
 # LAUNCH starts it on several GPUs, or CPU processes; scripts/accelerate has configurations for DDP, FSDP 2 and ZeRO-3:
-#   LAUNCH="accelerate launch --config_file scripts/accelerate/fsdp2.yaml" bash train_lslora.sh phi3
+#   LAUNCH="accelerate launch --config_file scripts/accelerate/fsdp2.yaml" bash train_lslora.sh phi3   (from here)
 set -euo pipefail
-repository=$(cd "$(dirname "$0")" && pwd)
+repository=$(CDPATH="" cd "$(dirname "$0")" && pwd)
 at=$repository/
 [ "$PWD" = "$repository" ] && at= # names in records and cards are short then
 
@@ -34,7 +34,7 @@ phi3)
     missing=()
     command -v nvidia-smi >/dev/null || missing+=("a CUDA device (nvidia-smi is not there)")
     [ -f "${at}dataset/commonsense_5k.json" ] || missing+=(
-        "dataset/commonsense_5k.json (make it with: python dataset/prepare_commonsense.py --output_dir dataset)")
+        "${at}dataset/commonsense_5k.json (python ${at}dataset/prepare_commonsense.py --output_dir ${at}dataset makes it)")
     if [ ${#missing[@]} -gt 0 ]; then
         echo "error: the phi3 recipe cannot run here; it needs" >&2
         printf -- '- %s\n' "${missing[@]}" >&2

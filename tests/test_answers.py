@@ -334,6 +334,8 @@ def test_grade_without_options(answer, text, graded):
         ("सही उत्तर ख है, क्योंकि यह पृथ्वी की धुरी है।", "ख"),  # "की" is क with a vowel sign
         ("ख. पृथ्वी की धुरी", "ख"),
         ("की", None),
+        ("ीक", None),
+        ("The correct answer is ख.", "ख"),
     ],
 )
 def test_a_letter_with_a_mark_is_another_letter(text, expected):

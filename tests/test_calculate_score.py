@@ -12,15 +12,17 @@ from lslora.scoring import compare, summarize
 SCRIPT = Path(__file__).parents[1] / "calculate_score.py"
 
 
-def run(*arguments):
-    code = (
+def run(*arguments, first="", folder=None):
+    code = first + (
         "import runpy, sys\n"
         "for name in ('torch', 'peft', 'transformers', 'rich', 'numpy', 'lslora'):\n"
         "    sys.modules[name] = None\n"
         f"sys.argv = {[SCRIPT.name, *map(str, arguments)]!r}\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
-    return subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60, cwd=folder
+    )
 
 
 def predictions(outcomes):
@@ -73,6 +75,21 @@ def test_one_file_with_the_answers_of_the_base_model(write):
     assert one.stdout.split(heading)[differences] == two.stdout.split(heading)[differences]
     broken = run(write("broken.json", {"predictions": ours, "base": {"predictions": [{}]}}))
     assert broken.returncode == 2 and "prediction 1: field 'index' is missing" in broken.stderr
+
+
+def test_a_file_may_be_called_base(write, tmp_path):
+    ours, base = predictions("111010"), predictions("100010")
+    write("base", {"predictions": ours, "base": {"predictions": base}})
+    result = run("base", folder=tmp_path)
+    assert all(cells(summarize(items)["micro"]) in result.stdout for items in (ours, base))
+    assert compare(base, ours)["micro"]["difference"] > 0 and "+33.33 [" in result.stdout
+
+
+def test_a_terminal_may_lack_the_characters_of_a_task(write):
+    items = [item | {"task": "prüfung"} for item in predictions("10")]
+    ascii_only = "import sys\nsys.stdout.reconfigure(encoding='ascii', errors='strict')\n"
+    result = run(write("a.json", {"predictions": items}), first=ascii_only)
+    assert result.returncode == 0 and r"pr\xfcfung" in result.stdout
 
 
 def test_two_files_are_compared_item_by_item(write):

@@ -163,6 +163,18 @@ def test_a_training_too_short_for_its_calibration_is_told_when_it_begins(tmp_pat
     assert [text.partition(" (")[0] for text in caplog.messages if "to come" in text] == [told] * is_told
 
 
+@pytest.mark.parametrize(("calibration_steps", "told"), [(4, "1 optimizer steps are to come, and grids"), (0, None)])
+def test_a_training_that_goes_on_is_told_of_the_steps_that_are_left(tmp_path, caplog, calibration_steps, told):
+    config = LSLoraConfig(r=2, target_modules=["first", "second"], calibration_steps=calibration_steps)
+    made(tmp_path, rows_with(count=3), config=config, callbacks=[SplineCallback()]).train()
+    caplog.clear()
+    longer = made(tmp_path, rows_with(count=4 if told else 3), config=config, callbacks=[SplineCallback()])
+    with caplog.at_level(logging.WARNING, "lslora"):
+        longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    told_now = [text for text in caplog.messages if "to come" in text]
+    assert told_now[0].startswith(told) if told else told_now == []
+
+
 def test_a_calibration_that_is_not_over_is_told(tmp_path, caplog):
     config = LSLoraConfig(r=2, target_modules=["first", "second"], calibration_steps=100)
     trainer = made(tmp_path, rows_with(), config=config, callbacks=[SplineCallback()])

@@ -1,6 +1,7 @@
 """train_lslora.py and train_lslora.sh from outside, on a small real architecture saved to disk."""
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from tests.tiny import ROWS
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import eval_lslora  # noqa: E402
 import export_lslora  # noqa: E402
 import train_lslora  # noqa: E402
 
@@ -133,6 +135,10 @@ def test_a_finished_run_that_is_looked_at_again_keeps_its_accuracy(tiny, tmp_pat
     after = json.loads((tmp_path / "run.json").read_text())
     assert after["accuracy"] == before["accuracy"] and after["comparison"] == before["comparison"]
     assert "## Accuracy" in (tmp_path / "README.md").read_text()
+    assert after["settings"]["eval_dataset_path"] == str(rows)
+    fewer = written(tmp_path / "fewer.jsonl", ROWS[:2])
+    assert run(tiny, tmp_path, "--save_steps", 2, "--resume", "--eval_dataset_path", fewer) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["accuracy"]["base"]["micro"]["n"] == 2
     assert run(tiny, tmp_path, "--save_steps", 2, "--resume", "--max_steps", 5) == 0  # another adapter
     assert "accuracy" not in json.loads((tmp_path / "run.json").read_text())
 
@@ -478,6 +484,20 @@ def test_an_export_that_cannot_end_well_stops_before_the_model_is_loaded(tmp_pat
         export_lslora.check_output(tmp_path)
 
 
+@pytest.mark.parametrize("main", [export_lslora.main, eval_lslora.main])
+def test_a_terminal_may_lack_characters(main, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["--adapter", "nowhere", "--dataset", "rows.jsonl", "--output", "plain"]) == 2
+    assert sys.stdout.errors == "backslashreplace"
+
+
+def test_a_tokenizer_that_is_not_there_is_told(tiny, tmp_path, capsys):
+    shutil.copytree(tiny / "model", tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert run(tiny, tmp_path / "out", "--model_name", tmp_path / "model", "--report_to", "codecarbon") == 2
+    told = capsys.readouterr().err
+    assert f"- the tokenizer of the base model {tmp_path / 'model'}: " in told and "- codecarbon, for" in told
+
+
 def test_ctrl_c_ends_an_export_in_a_word(capsys, monkeypatch):
     def pressed(*_, **__):
         raise KeyboardInterrupt
@@ -565,6 +585,7 @@ def test_what_it_saves_is_exported_as_plain_lora(tiny, tmp_path, capsys):
     assert len(results["errors"]) == 14 and all(0 <= error < 1 for error in results["errors"].values())
     assert results["comparison"]["n"] == len(ROWS)
     assert export_lslora.main([str(a) for a in (*arguments, "--tolerance", 1)]) == 0  # once more
+    assert "comparison" not in json.loads((tmp_path / "plain" / "export.json").read_text())
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert plain.peft_config["default"].peft_type == "LORA"
     assert any(parameter.abs().max() > 0 for name, parameter in plain.named_parameters() if "lora_B" in name)

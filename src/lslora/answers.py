@@ -15,18 +15,19 @@ _NUMBER = re.compile(
     r"(?:(?<![\w.)])[-\u2212])?"  # a minus, unless it subtracts
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
+_STATED = re.compile(r"answer is(\W{0,5})((?:\w+(?:[/:-]\w+)*)?)", re.IGNORECASE)
 
 
-def _beyond_ascii(kind: str) -> str:
-    """All characters of a kind of Unicode's (`M`, marks; `P`, punctuation) that ASCII lacks, for a class of them."""
-    basic = map(chr, range(0x80, 0x10000))
-    return "".join(re.escape(character) for character in basic if unicodedata.category(character)[0] == kind)
+def _of_kind(kind: str) -> list[str]:
+    """The characters of a kind of Unicode's that ASCII lacks, but for rare planes: `M` marks, `P` punctuation."""
+    return [char for char in map(chr, range(0x80, 0x20000)) if unicodedata.category(char)[0] == kind]
 
 
-_LETTER = rf"[\w{_beyond_ascii('M')}]"  # with the vowel signs of Hindi, say, which \w leaves out
 # What may stand around an answer that is all a text says.
-_AROUND = rf"[\s.,:;!?*\"'`()\[\]{_beyond_ascii('P')}]*"
-_STATED = re.compile(rf"answer is(\W{{0,5}})((?:{_LETTER}+(?:[/:-]{_LETTER}+)*)?)", re.IGNORECASE)
+_AROUND = re.compile(rf"[\s.,:;!?*\"'`()\[\]{re.escape(''.join(_of_kind('P')))}]*")
+# Marks, as the vowel signs of Hindi are, make a letter another one, and \w leaves them out. So a text is searched with
+# letters in their places, which hardly any text has: those of CJK's Extension B.
+_LETTERS = {ord(mark): chr(0x20000 + place) for place, mark in enumerate(_of_kind("M"))}
 
 
 def options_of(row: Mapping[str, str]) -> tuple[str, ...] | None:
@@ -60,7 +61,7 @@ def option_completion(row: Mapping[str, str], option: str) -> str:
             give the right one away.
     """
     answer, output = row["answer"], row["output"]
-    place = re.search(_word(answer), output)
+    place = _find_word(answer, output)
     if not place:
         raise ValueError(f"the output must contain the answer {answer!r}, got {output!r}")
     if _mentions(answer, output) > 1:
@@ -108,7 +109,7 @@ def choose_scorer(row: Mapping[str, str], scorer: str = "auto") -> str:
         raise ValueError("a row to be scored must have an answer, got an empty one")
     if options and row["answer"] not in options:
         raise ValueError(f"the answer must be one of {'/'.join(options)}, got {row['answer']!r}")
-    mentions, exact = _mentions(row["answer"], row["output"]), re.search(_word(row["answer"]), row["output"])
+    mentions, exact = _mentions(row["answer"], row["output"]), _find_word(row["answer"], row["output"])
     suits = options and mentions < 2 and (exact or not mentions)
     if scorer == "generate" or (scorer == "auto" and not suits):
         return "generate"
@@ -135,7 +136,8 @@ def extract_answer(text: str, options: Sequence[str]) -> str | None:
     Returns:
         One of `options`, or None where the text names none.
     """
-    options = sorted(options, key=len, reverse=True)  # of two that begin alike, the longer one is tried first
+    spelled, text = {_lettered(option): option for option in options}, _lettered(text)
+    options = sorted(spelled, key=len, reverse=True)  # of two that begin alike, the longer one is tried first
     word = _whole("|".join(map(_option_pattern, options)))
 
     def named(part: str) -> list[str]:
@@ -157,7 +159,7 @@ def extract_answer(text: str, options: Sequence[str]) -> str | None:
     if first and not stated:
         stated = [first[1]]
     answers = [_same_option(stated[-1], options)] if stated else named(text)
-    return answers[-1] if answers else None
+    return spelled[answers[-1]] if answers else None
 
 
 def extract_number(text: str) -> str | None:
@@ -197,26 +199,40 @@ def grade(row: Mapping[str, str], text: str) -> tuple[str | None, bool]:
         right = prediction is not None and abs(Decimal(prediction) - Decimal(_plain(answer))) <= NUMBER_TOLERANCE
         return prediction, right
     text = _before_next_question(text)
-    stated, whole = list(_STATED.finditer(text)), " ".join(answer.split())
+    lettered, whole = _lettered(text), re.escape(_lettered(" ".join(answer.split())))
+    stated = list(_STATED.finditer(lettered))
     if not stated:
-        all_of_it = re.fullmatch(rf"{_AROUND}({re.escape(whole)}){_AROUND}", text, re.IGNORECASE)
-        return (all_of_it[1], True) if all_of_it and whole else (text.strip() or None, False)
-    found = re.compile(rf"\W{{0,5}}?({re.escape(whole)})(?!{_LETTER})", re.IGNORECASE).match(text, stated[-1].start(1))
-    return (found[1], True) if found and whole else (stated[-1][2] or None, False)
+        found = whole and next(filter(_is_all, re.finditer(f"(?=({whole}))", lettered, re.IGNORECASE)), None)
+        return (text[slice(*found.span(1))], True) if found else (text.strip() or None, False)
+    last = stated[-1]
+    found = whole and re.compile(rf"\W{{0,5}}?({whole})(?!\w)", re.IGNORECASE).match(lettered, last.start(1))
+    return (text[slice(*found.span(1))], True) if found else (text[slice(*last.span(2))] or None, False)
+
+
+def _is_all(found: re.Match[str]) -> bool:
+    """Whether the text has nothing beside the match's group but what may stand around an answer."""
+    start, end = found.span(1)
+    return bool(_AROUND.fullmatch(found.string, 0, start) and _AROUND.fullmatch(found.string, end))
+
+
+def _lettered(text: str) -> str:
+    """The text, place by place, with a letter for every mark: what may be searched for whole words."""
+    return text if text.isascii() else text.translate(_LETTERS)
+
+
+def _find_word(word: str, text: str) -> re.Match[str] | None:
+    return re.search(_whole(re.escape(_lettered(word))), _lettered(text))
 
 
 def _mentions(answer: str, output: str) -> int:
     """How often an output names an answer, in upper or lower case; one of a single letter in its own."""
-    return len(re.findall(_word(answer), output, re.IGNORECASE if len(answer) > 1 else 0))
+    word = _whole(re.escape(_lettered(answer)))
+    return len(re.findall(word, _lettered(output), re.IGNORECASE if len(answer) > 1 else 0))
 
 
 def _whole(pattern: str) -> str:
     """The pattern, not inside a longer word."""
-    return rf"(?<!{_LETTER})(?:{pattern})(?!{_LETTER})"
-
-
-def _word(word: str) -> str:
-    return _whole(re.escape(word))
+    return rf"(?<!\w)(?:{pattern})(?!\w)"
 
 
 def _option_pattern(option: str) -> str:

@@ -32,7 +32,11 @@ class BaseModel:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        """ValueError if it cannot be loaded."""
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"the tokenizer of the base model {self.name}: {str(error).splitlines()[0]}") from error
 
     @cached_property
     def positions(self) -> int | None:

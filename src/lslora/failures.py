@@ -59,10 +59,10 @@ def unstable_slopes(records: Sequence[Record]) -> str | None:
 
 
 def endless_waits(model: nn.Module, steps: int) -> str | None:
-    """A warning, before a training of so many `steps`, of grids that wait for longer than that; or None."""
-    trained = [spline for spline in splines_of(model) if spline.weight.requires_grad and spline.waits]
-    longest = max((spline.calibration_steps - spline.steps_waited for spline in trained), default=0)
-    if longest < steps:
+    """A warning, before a training of so many `steps`, of grids that are measured in its last or later; or None."""
+    waiting = [spline for spline in splines_of(model) if spline.weight.requires_grad and spline.waits]
+    longest = max((spline.calibration_steps - spline.steps_waited for spline in waiting), default=0)
+    if not waiting or longest < steps:
         return None
     return (
         f"{steps} optimizer steps are to come, and grids are measured in the last of {longest} (calibration_steps): "

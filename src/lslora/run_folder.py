@@ -47,7 +47,8 @@ def alone_in(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
             lock.release()
         if is_new:
             with suppress(OSError):

@@ -127,7 +127,11 @@ def test_two_runs_do_not_write_one_folder(tiny, tmp_path, capsys):
     assert not (tmp_path / "out" / ".lock").exists()
 
 
-def test_a_finished_run_that_is_looked_at_again_keeps_its_accuracy(tiny, tmp_path):
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_finished_run_that_is_looked_at_again_keeps_its_accuracy(tiny, tmp_path, monkeypatch):
     rows = tiny / "train.jsonl"
     assert run(tiny, tmp_path, "--save_steps", 2, "--eval_dataset_path", rows) == 0
     before = json.loads((tmp_path / "run.json").read_text())
@@ -137,6 +141,10 @@ def test_a_finished_run_that_is_looked_at_again_keeps_its_accuracy(tiny, tmp_pat
     assert "## Accuracy" in (tmp_path / "README.md").read_text()
     assert after["settings"]["eval_dataset_path"] == str(rows)
     fewer = written(tmp_path / "fewer.jsonl", ROWS[:2])
+    with monkeypatch.context() as patch:
+        patch.setattr(train_lslora, "report_accuracy", interrupted)
+        assert run(tiny, tmp_path, "--save_steps", 2, "--resume", "--eval_dataset_path", fewer) == 130
+    assert "accuracy" not in json.loads((tmp_path / "run.json").read_text())  # of other rows
     assert run(tiny, tmp_path, "--save_steps", 2, "--resume", "--eval_dataset_path", fewer) == 0
     assert json.loads((tmp_path / "run.json").read_text())["accuracy"]["base"]["micro"]["n"] == 2
     assert run(tiny, tmp_path, "--save_steps", 2, "--resume", "--max_steps", 5) == 0  # another adapter
@@ -499,10 +507,7 @@ def test_a_tokenizer_that_is_not_there_is_told(tiny, tmp_path, capsys):
 
 
 def test_ctrl_c_ends_an_export_in_a_word(capsys, monkeypatch):
-    def pressed(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export_lslora, "load_examples", pressed)
+    monkeypatch.setattr(export_lslora, "load_examples", interrupted)
     assert export_lslora.main(["--adapter", "a", "--dataset", "rows.jsonl", "--output", "plain"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 

@@ -66,6 +66,10 @@ CLAIMS = [
 
     Claim(DOCS, "ARC-Easy | LoRA | 5e-4", ARC_ALL, 16, "lora 5e-4", "seeds nll"),
     Claim(DOCS, f"ARC-Easy | {RECOMMENDED} | 5e-4", ARC_ALL, 16, "spline_0.05 5e-4", ALL_LAYERS, "lora 5e-4"),
+    Claim(DOCS, "ARC-Easy | LoRA on 5 r, minus LoRA on 10 r | 1e-3", ARC_ALL, 16, "lora_5 1e-3", ALL_LAYERS,
+          "lora 5e-4"),
+    Claim(DOCS, "ARC-Easy | LoRA, 10 r, minus LoRA, 20 r | 1.4e-3", ARC_ALL, 4, "lora 1.4e-3", ALL_LAYERS,
+          "rslora 1e-3"),
     Claim(DOCS, "ARC-Easy | LoRA through a learned straight line | 5e-4", ARC_ALL, 16, "line_0.05 5e-4",
           "seeds mean low high p even_mean even_p", "lora 5e-4"),
     Claim(DOCS, "ARC-Easy | splines in the upper ten layers, plain LoRA below | 5e-4", ARC_ALL, 16, "upper_0.05 5e-4",

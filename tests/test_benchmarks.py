@@ -305,6 +305,20 @@ def test_learning_rates_are_compared_over_the_seeds_they_share():
     assert report.mean_score(found[2e-3], "nll", report.EVEN) == pytest.approx(0.3)
 
 
+def test_learning_rates_are_drawn_on_one_seed(tmp_path, monkeypatch):
+    records = [record("lora", lr, 1, nll) for lr, nll in ((1e-3, 0.2), (2e-3, 0.3))]
+    records += [record("o", 1e-3, 0, 0.1), record("o", 1e-3, 1, 0.25), record("o", 4e-3, 0, 0.1)]
+    drawn = {}
+
+    def draw(axis, rates, nlls, label, **_):
+        drawn[label] = dict(zip(rates, nlls, strict=True))
+
+    monkeypatch.setattr(report.Axes, "plot", draw)
+    monkeypatch.setattr(report, "name_lines", lambda axis: None)
+    report.plot_rates(report.group(records), tmp_path / "rates.png")
+    assert drawn == {"lora": pytest.approx({1e-3: 0.2, 2e-3: 0.3}), "o": pytest.approx({1e-3: 0.25})}
+
+
 @pytest.mark.parametrize("nlls", [{1e-3: 0.5, 2e-3: 0.6, 4e-3: math.nan}, {1e-3: math.nan}, {0.0: 0.5}])
 def test_rates_are_drawn_where_some_diverged_and_where_nothing_was_trained(nlls, tmp_path):
     cells = report.group([record("lora", lr, 0, nll) for lr, nll in nlls.items()])

@@ -337,7 +337,7 @@ def test_no_file_trusts_remote_code():
     for path in files:
         for found in re.findall(r"trust_remote_code\S*", path.read_text(encoding="utf-8")):
             assert re.match(r"trust_remote_code=False\b", found), f"{path}: {found}"
-    for script in ("train_lslora.py", "eval_lslora.py"):
-        text = (ROOT / script).read_text(encoding="utf-8")
-        calls = re.findall(r"Auto\w+\.from_pretrained\(((?:[^()]|\([^()]*\))*)\)", text)
-        assert len(calls) > 2 and all("trust_remote_code=False" in call for call in calls)
+    asked = [*ROOT.glob("*.py"), *(ROOT / "src" / "lslora" / name for name in ("base_model.py", "lengths.py"))]
+    text = "".join(path.read_text(encoding="utf-8") for path in asked)
+    calls = re.findall(r"Auto\w+\.from_(?:pretrained|config)\(((?:[^()]|\([^()]*\))*)\)", text)
+    assert len(calls) > 4 and all("trust_remote_code=False" in call for call in calls)

@@ -14,7 +14,6 @@ import sys
 from contextlib import ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -184,8 +183,8 @@ def check(args: argparse.Namespace) -> tuple[BaseModel, list[Example], list[Row]
     missing = missing_for(args)
     try:
         base = BaseModel(args.model_name)
-        tokenizer = base.tokenizer
-        if args.chat_template and not tokenizer.chat_template:
+        has_template = bool(base.tokenizer.chat_template)
+        if args.chat_template and not has_template:
             missing.append(f"a chat template: the tokenizer of {base.name} has none, and conversations need one")
     except ValueError as error:
         missing.append(str(error))
@@ -324,7 +323,7 @@ def train(trainer: Any, args: argparse.Namespace, eval_rows: list[Row]) -> int:
     else:
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
-            trainer.add_callback(before_the_first_step(lambda: begin(trainer, args, checkpoint)))
+            trainer.add_callback(before_the_first_step(lambda: begin(trainer, args, checkpoint, {})))
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if stop.signal:
             return tell_stopped(trainer, stop.signal)
@@ -373,7 +372,7 @@ def begin(
     trainer: Any,
     args: argparse.Namespace,
     checkpoint: Path | None,
-    evaluation: Mapping[str, Any] = MappingProxyType({}),
+    evaluation: Mapping[str, Any],
 ) -> None:
     """Make the folder this run's: `run.json` holds its settings, and nothing goes on from an earlier run."""
     from lslora.callback import DIAGNOSTICS

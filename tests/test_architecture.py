@@ -38,7 +38,7 @@ ALLOWED = {
     "answers": set(),
     "data": {"answers", "json_rows"},
     "scoring": set(),
-    "partial_results": {"scoring"},
+    "partial_results": {"files", "scoring"},
     "prompts": {"data"},
     "lengths": {"data", "prompts"},
     "likelihood": {"answers", "data", "prompts"},

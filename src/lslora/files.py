@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, written beside their place first and then renamed into it; checksums."""
+"""Files that are there whole or not at all, written beside their place and then renamed into it; checksums; locks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 
 @contextmanager
@@ -88,3 +90,17 @@ def _sync(path: Path) -> None:
     """Have the file's content on the disk before its name is."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def lock_file(path: Path) -> FileLock:
+    """Hold a lock that no other process has, in a file of its own; filelock's Timeout if one has it."""
+    lock = FileLock(path, timeout=0)
+    lock.acquire()
+    return lock
+
+
+def unlock_file(lock: FileLock) -> None:
+    """Let another process have it, and leave no file behind where that can be helped."""
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()

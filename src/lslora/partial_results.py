@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
+from .files import lock_file, unlock_file
 from .scoring import Prediction
 
 
@@ -30,9 +31,8 @@ class PartialResults:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.counts = path, Counter[str]()
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(f"{path}.lock", timeout=0)
         try:
-            self._lock.acquire()
+            self._lock = lock_file(Path(f"{path}.lock"))
         except Timeout as error:
             raise ValueError(f"another evaluation is writing {path}: choose another --output") from error
         try:
@@ -43,7 +43,7 @@ class PartialResults:
             if not end:
                 self.write(settings)
         except BaseException:
-            self._unlock()
+            unlock_file(self._lock)
             raise
 
     def add(self, side: str, prediction: Prediction) -> None:
@@ -66,7 +66,7 @@ class PartialResults:
         self.file.close()
         if not self.counts:
             self.path.unlink()
-        self._unlock()
+        unlock_file(self._lock)
 
     def delete(self) -> None:
         """Remove the closed file."""
@@ -75,10 +75,6 @@ class PartialResults:
     def write(self, value: dict[str, Any]) -> None:
         self.file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
         self.file.flush()
-
-    def _unlock(self) -> None:
-        Path(self._lock.lock_file).unlink(missing_ok=True)
-        self._lock.release()
 
     def _read(self, side: str) -> Iterator[Prediction]:
         with self.path.open("rb") as lines:

@@ -13,10 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from .checkpoints import last_whole_checkpoint
-from .files import write_whole
+from .files import lock_file, unlock_file, write_whole
 
 RUN = "run.json"
 STATE = "trainer_state.json"
@@ -35,21 +35,19 @@ def alone_in(folder: str | Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    is_new, lock = not folder.exists(), FileLock(folder / ".lock", timeout=0)
+    is_new, lock = not folder.exists(), None
     # Where a folder cannot be written, or its file system has no locks, the run itself says what there is to say.
     with suppress(OSError, NotImplementedError):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire()
+            lock = lock_file(folder / ".lock")
         except Timeout as error:
             raise ValueError(f"another run is writing {folder}: wait for it or choose another output_dir") from error
     try:
         yield
     finally:
-        if lock.is_locked:
-            with suppress(OSError):
-                Path(lock.lock_file).unlink()
-            lock.release()
+        if lock is not None:
+            unlock_file(lock)
         if is_new:
             with suppress(OSError):
                 folder.rmdir()  # of a run that was refused
